@@ -224,19 +224,19 @@ class CompConv2d(_CompConv):
         ConversionError: c0 < 1, a depth that is not 0 to 3, fewer output channels than units, groups.
     """
 
-    _conv, _pool, _rank = nn.Conv2d, F.avg_pool2d, -3
+    _conv, _pool, _axis = nn.Conv2d, F.avg_pool2d, -3
 
 
 class CompConv1d(_CompConv):
     """As `CompConv2d`, for maps (N, C, L)."""
 
-    _conv, _pool, _rank = nn.Conv1d, F.avg_pool1d, -2
+    _conv, _pool, _axis = nn.Conv1d, F.avg_pool1d, -2
 
 
 class CompConv3d(_CompConv):
     """As `CompConv2d`, for maps (N, C, T, H, W)."""
 
-    _conv, _pool, _rank = nn.Conv3d, F.avg_pool3d, -4
+    _conv, _pool, _axis = nn.Conv3d, F.avg_pool3d, -4
 
 
 CompConv = CompConv1d | CompConv2d | CompConv3d
