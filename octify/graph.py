@@ -1,0 +1,101 @@
+"""The only wrapper round torch.fx: copies that share tensors, meta values on nodes, and arguments by position."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module tree holds: parameters, buffers and plain attributes."""
+    for module in model.modules():
+        for store in (module._parameters, module._buffers, module.__dict__):
+            yield from (value for value in store.values() if isinstance(value, Tensor))
+
+
+def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copies the module objects and puts `replace(tensor)` in each tensor's place; costs no tensor memory by itself."""
+    memo: dict[int, Any] = {id(tensor): replace(tensor) for tensor in tensors_of(model)}
+    return copy.deepcopy(model, memo)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """New module objects over the same tensors, so that modes and caches can change without touching the source."""
+    return structural_copy(model, lambda tensor: tensor)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The same modules with tensors on the meta device: shapes and no memory."""
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        ghost = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
+
+    return structural_copy(model, to_meta)
+
+
+def get_module(root: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path."""
+    return root.get_submodule(path)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a dotted path, replacing what is there and making plain containers on the way."""
+    *parents, name = path.split(".")
+    owner = root
+    for parent in parents:
+        child = getattr(owner, parent, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            owner.add_module(parent, child)
+        owner = child
+    owner._modules[name] = module
+
+
+def get_attribute(root: nn.Module, path: str) -> Any:
+    """The attribute (a parameter, buffer or constant) at a dotted path."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class _MetaRecorder(fx.Interpreter):
+    """Runs a graph on meta tensors and keeps every node's value in `node.meta["value"]`."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["value"] = value
+        return value
+
+
+def record_values(root: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> None:
+    """Fills `node.meta["value"]` of every node by running the graph over `root` (on meta) once."""
+    with torch.no_grad():
+        _MetaRecorder(root, garbage_collect_values=False, graph=graph).run(*inputs)
+
+
+def value_of(node: fx.Node) -> Any:
+    """What a node computes at the example's size: meta tensors, numbers, tuples of them."""
+    return node.meta.get("value")
+
+
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """The shape of a tensor, None of anything else."""
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def nodes_in(argument: object) -> list[fx.Node]:
+    """All nodes of an argument tree, repeats kept (`all_input_nodes` drops them)."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(cast(Any, argument), lambda node: found.append(node) or node)
+    return found
+
+
+def input_nodes(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, by position, repeats kept."""
+    return nodes_in((node.args, node.kwargs))

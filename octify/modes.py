@@ -1,0 +1,117 @@
+"""Train and eval traces of one model → one graph that serves both modes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+
+class ModeCall(nn.Module):
+    """Calls a function whose boolean arguments say whether the module is training (`F.dropout(x, training=...)`)."""
+
+    def __init__(self, function: Any, positions: tuple[int, ...], names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.positions = positions
+        self.names = names
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", str(self.function))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result with the mode in its place."""
+        given = [self.training if index in self.positions else value for index, value in enumerate(args)]
+        named = {name: self.training if name in self.names else value for name, value in kwargs.items()}
+        return self.function(*given, **named)
+
+
+def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[fx.Graph, bool]:
+    """Gives the train graph with whatever the eval graph adds, and whether the two return different things.
+
+    Where they differ, the output node's argument is the pair (train output, eval output). Functions that differ only
+    by a boolean argument become `ModeCall` modules under `model`, in a child named `octify_modes`.
+    """
+    partner: dict[fx.Node, fx.Node] = {}
+    flags: dict[fx.Node, list[int | str]] = {}
+    available = [node for node in train.nodes if node.op != "output"]
+    start = 0
+    output = _output(train)
+    for node in evaluate.nodes:
+        if node.op == "output":
+            continue
+        found = _find(node, available, start, partner)
+        if found is None:
+            with train.inserting_before(output):
+                partner[node] = train.node_copy(node, lambda source: partner[source])
+            continue
+        index, differing = found
+        partner[node] = available[index]
+        start = index + 1
+        if differing:
+            flags[available[index]] = differing
+    _use_mode_calls(train, flags, model)
+    wanted = fx.node.map_arg(_output(evaluate).args[0], lambda source: partner[source])
+    if _same(output.args[0], wanted):
+        return train, False
+    output.args = ((output.args[0], wanted),)  # pyright: ignore
+    return train, True
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def _same(first: object, second: object) -> bool:
+    return first is second or (not isinstance(first, fx.Node) and type(first) is type(second) and first == second)
+
+
+def _find(
+    node: fx.Node, available: list[fx.Node], start: int, partner: dict[fx.Node, fx.Node]
+) -> tuple[int, list[int | str]] | None:
+    args = cast("tuple[Any, ...]", fx.node.map_arg(node.args, lambda source: partner[source]))
+    kwargs = cast("dict[str, Any]", fx.node.map_arg(node.kwargs, lambda source: partner[source]))
+    for index in range(start, len(available)):
+        other = available[index]
+        if other.op != node.op or other.target != node.target:
+            continue
+        differing = _differing_flags(other, args, kwargs)
+        if differing is not None:
+            return index, differing
+    return None
+
+
+def _differing_flags(train: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | str] | None:
+    """Where (True in train, False in eval) stands; None if anything else differs."""
+    if len(train.args) != len(args) or set(train.kwargs) != set(kwargs):
+        return None
+    pairs: list[tuple[int | str, Any, Any]] = [(i, a, b) for i, (a, b) in enumerate(zip(train.args, args, strict=True))]
+    pairs += [(name, train.kwargs[name], kwargs[name]) for name in kwargs]
+    differing = [(where, a, b) for where, a, b in pairs if not _equal(a, b)]
+    if all(a is True and b is False and train.op == "call_function" for _, a, b in differing):
+        return [where for where, _, _ in differing]
+    return None
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, fx.Node) or isinstance(second, fx.Node):
+        return first is second
+    if isinstance(first, (tuple, list)) and type(first) is type(second):  # pyright: ignore
+        return len(first) == len(second) and all(map(_equal, first, second))  # pyright: ignore
+    if isinstance(first, slice) and isinstance(second, slice):
+        return all(map(_equal, (first.start, first.stop, first.step), (second.start, second.stop, second.step)))
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return first is second
+    return type(first) is type(second) and bool(first == second)
+
+
+def _use_mode_calls(graph: fx.Graph, flags: dict[fx.Node, list[int | str]], model: nn.Module) -> None:
+    for count, (node, where) in enumerate(flags.items()):
+        positions = tuple(index for index in where if isinstance(index, int))
+        names = tuple(name for name in where if isinstance(name, str))
+        owner = model._modules.setdefault("octify_modes", nn.Module())
+        cast(nn.Module, owner).add_module(str(count), ModeCall(node.target, positions, names))
+        node.op = "call_module"
+        node.target = f"octify_modes.{count}"

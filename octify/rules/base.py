@@ -1,0 +1,238 @@
+"""What a rule is: how one kind of operation ties channels (`flow`) and how it runs on bands (`emit`).
+
+A rule inserts nothing and chooses nothing. The plan ties channels by the rules' flows, and the rewrite brings every
+input into the layout that the plan says before it calls `emit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from octify.graph import shape_of, value_of
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A feature map while planning: which channel classes it holds, and which axes are channels and which are halved.
+
+    `ids` has the shape of the channel axes (two axes inside a channel shuffle, say). Axes count from 0.
+    """
+
+    shape: tuple[int, ...]
+    ids: Ids
+    channel: tuple[int, ...]
+    spatial: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The lengths of the axes that are halved."""
+        return tuple(self.shape[axis] for axis in self.spatial)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is channels-first with one channel axis and trailing spatial axes, as modules expect."""
+        rank = len(self.shape)
+        return self.channel == (1,) and self.spatial == tuple(range(rank - len(self.spatial), rank))
+
+    def with_ids(self, ids: Ids, shape: tuple[int, ...]) -> Map:
+        """The same axes with other channels and another shape."""
+        return Map(shape, ids, self.channel, self.spatial)
+
+
+class Ties(Protocol):
+    """Where rules say which channels are the same channel; the plan implements it."""
+
+    def free(self, count: int) -> Ids:
+        """New channels of this operation's making, which may be chosen high or low."""
+        ...
+
+    def follow(self, count: int) -> Ids:
+        """New channels of a dense result that follow what they are joined with (an adapter splits them)."""
+        ...
+
+    def high(self, count: int) -> Ids:
+        """New channels that must be high."""
+        ...
+
+    def tie(self, first: Ids, second: Ids) -> None:
+        """Says that two equally long sets are channel by channel the same."""
+        ...
+
+    def balance(self, ids: Ids, groups: int) -> None:
+        """Asks for the same number of low channels in each of the groups."""
+        ...
+
+    def read(self, ids: Ids) -> None:
+        """Says that a convolution reads these channels in whatever layout they have."""
+        ...
+
+    def want_dense(self, ids: Ids) -> None:
+        """Says that a reader needs these channels as one dense map."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Adds a line to the plan about the operation at hand."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipe says about one operation, as the rules see it."""
+
+    alpha: float = 0.0
+    kernels: str = "fold"
+    keep: bool = False
+    min_size: int = 7
+    downsample: str = "stride"
+    paths: tuple[str, ...] = ("hh", "hl", "lh", "ll")
+    operator: str = "octave"
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    stem: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the source: its node, its module if it has one, and its input values while planning."""
+
+    node: fx.Node
+    module: nn.Module | None
+    values: dict[fx.Node, Any]
+    settings: Settings
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The node's arguments with maps in the places of nodes."""
+        return fx.node.map_arg(self.node.args, self.value)  # pyright: ignore
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The node's keyword arguments with maps in the places of nodes."""
+        return fx.node.map_arg(self.node.kwargs, self.value)  # pyright: ignore
+
+    def value(self, node: fx.Node) -> Any:
+        """A node's map, tuple of maps, or meta value where it is no map."""
+        return self.values[node]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name, maps in the places of nodes."""
+        if position < len(self.node.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def concrete(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument as it is at the example's size: nodes give their recorded values (numbers, shapes)."""
+        raw = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name, default)
+        return fx.node.map_arg(raw, value_of)  # pyright: ignore
+
+    @property
+    def maps(self) -> list[Map]:
+        """The maps among the inputs, by position, those inside lists and tuples included."""
+        return maps_in((self.args, self.kwargs))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The output's shape at the example's size."""
+        shape = shape_of(value_of(self.node))
+        assert shape is not None, f"{self.node} has no tensor shape"
+        return shape
+
+    def too_small(self, size: Iterable[int]) -> bool:
+        """Whether the low band of a map of this size would be shorter than `min_size`."""
+        return any((length + 1) // 2 < self.settings.min_size for length in size)
+
+
+def maps_in(argument: object) -> list[Map]:
+    """All maps of an argument tree, repeats kept."""
+    if isinstance(argument, Map):
+        return [argument]
+    if isinstance(argument, dict):
+        return [found for value in argument.values() for found in maps_in(value)]  # pyright: ignore
+    if isinstance(argument, (tuple, list)):
+        return [found for value in argument for found in maps_in(value)]  # pyright: ignore
+    return []
+
+
+class Dense(Exception):
+    """Raised by a `flow`: this use of the operation has no octave form, for the reason given; it stays dense."""
+
+
+class Rule:
+    """How one kind of operation goes through the rewriter; subclasses say `flow` and `emit`."""
+
+    kind: ClassVar[str] = "keeps"
+
+    def flow(self, op: Op, ties: Ties) -> Any:
+        """Ties the channels of inputs and outputs and gives the output's map (or a tuple or list of maps).
+
+        Raises:
+            Dense: this use cannot be done on bands; inputs are merged and the output is dense.
+        """
+        raise NotImplementedError
+
+    def emit(self, op: Op, build: Any) -> Any:
+        """Adds the nodes for the bands and gives the emitted value; called only when an input or output is split."""
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=type[Rule])
+
+MODULES: dict[type[nn.Module], Rule] = {}
+FUNCTIONS: dict[Callable[..., Any], Rule] = {}
+METHODS: dict[str, Rule] = {}
+
+
+def register(
+    rule: Rule,
+    *,
+    modules: Iterable[type[nn.Module]] = (),
+    functions: Iterable[Callable[..., Any]] = (),
+    methods: Iterable[str] = (),
+    replace: bool = False,
+) -> None:
+    """Says which exact types, functions and method names a rule is for.
+
+    Raises:
+        ValueError: one of them has a rule already and `replace` is not set.
+    """
+    for table, keys in ((MODULES, modules), (FUNCTIONS, functions), (METHODS, methods)):
+        for key in keys:
+            if key in table and not replace:
+                raise ValueError(f"{key} has a rule already: {type(table[key]).__name__}")  # pyright: ignore
+            table[key] = rule  # pyright: ignore
+
+
+def rule_of_type(kind: type[nn.Module]) -> Rule | None:
+    """The rule of an exact type, or of the base class whose behaviour it inherits without overriding a method."""
+    overridden: set[str] = set()
+    for cls in kind.__mro__:
+        if cls in MODULES:
+            changed = {name for name in overridden if name in dir(cls)} - _HARMLESS
+            return None if changed else MODULES[cls]
+        overridden |= {name for name in vars(cls)}
+    return None
+
+
+_HARMLESS = {
+    "__init__", "__module__", "__doc__", "__annotations__", "__constants__", "__qualname__", "__dict__",
+    "__weakref__", "__parameters__", "__orig_bases__", "__static_attributes__", "__firstlineno__", "__annotate__",
+    "__annotate_func__", "__annotations_cache__", "extra_repr", "_version", "reset_parameters", "_load_from_state_dict",
+}  # fmt: skip
+
+
+def rule_for(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    """The rule of a node, or None: then it is opaque."""
+    if node.op == "call_module" and module is not None:
+        return rule_of_type(type(module))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)  # pyright: ignore
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    return None
