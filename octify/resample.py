@@ -1,0 +1,65 @@
+"""Moving a map between the two grids, and padding it: plain functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pads = tuple[int, ...]
+
+
+def pool_low(x: Tensor, spatial: int = 2) -> Tensor:
+    """D: averages 2 by 2 over the last `spatial` axes, (…, H, W) to (…, ⌈H/2⌉, ⌈W/2⌉)."""
+    return average(x, (1,) * (x.dim() - 2 - spatial) + (2,) * spatial)
+
+
+def average(x: Tensor, window: tuple[int, ...]) -> Tensor:
+    """Averages windows side by side, one size per axis behind the channels; the last window may be a smaller one."""
+    if len(window) == 1:
+        return F.avg_pool1d(x, window, ceil_mode=True, count_include_pad=False)
+    if len(window) == 2:
+        return F.avg_pool2d(x, window, ceil_mode=True, count_include_pad=False)
+    return F.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
+
+
+def up_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """U: nearest upsampling of the last axes to `size`; an axis of ⌈size/2⌉ is doubled and cropped, others repeat."""
+    return F.interpolate(x, size=[*x.shape[2 : x.dim() - len(size)], *size], mode="nearest")
+
+
+def pad(x: Tensor, mode: str, pads: Pads) -> Tensor:
+    """`F.pad`, with the mode "mirror" besides (reflection that repeats the edge); replicates where a map is too small.
+
+    A map can be too small for its mode only because it is half the size of the one that the mode was chosen for.
+    """
+    if mode in ("constant", "replicate"):
+        return F.pad(x, pads, mode)
+    spare = 1 if mode == "reflect" else 0
+    if any(max(pads[2 * axis : 2 * axis + 2]) + spare > x.shape[-1 - axis] for axis in range(len(pads) // 2)):
+        return F.pad(x, pads, "replicate")
+    return _mirror(x, pads) if mode == "mirror" else F.pad(x, pads, mode)
+
+
+def _mirror(x: Tensor, pads: Pads) -> Tensor:
+    for axis in range(len(pads) // 2):
+        dim, (left, right) = -1 - axis, pads[2 * axis : 2 * axis + 2]
+        if left == right == 0:
+            continue
+        head = x.narrow(dim, 0, left).flip(dim)
+        tail = x.narrow(dim, x.shape[dim] - right, right).flip(dim)
+        x = torch.cat((head, x, tail), dim)
+    return x
+
+
+def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """TensorFlow's "same" padding with zeros, from the input's size; as `timm.layers.pad_same`, for any dimension."""
+    pads: list[int] = []
+    for axis in reversed(range(len(kernel))):
+        size = x.shape[2 + axis]
+        out = (size + stride[axis] - 1) // stride[axis]
+        total = max((out - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
