@@ -125,11 +125,11 @@ class _CompConv(nn.Module):
         _check_depth(depth, least=0)
         if groups != 1:
             raise ConversionError(f"a CompConv has no groups, found groups={groups}: keep this convolution as it is")
-        if not 1 <= shuffle_groups <= out_channels:
+        smallest = unit_channels(out_channels, depth) if depth else out_channels
+        if depth and not 1 <= shuffle_groups <= out_channels:
             raise ConversionError(f"shuffle_groups is {shuffle_groups}: expected 1 to C_out = {out_channels}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.depth, self.shuffle_groups, self.padding_mode = depth, shuffle_groups, padding_mode
-        smallest = unit_channels(out_channels, depth) if depth else out_channels
         self._widths = [smallest * 2**level for level in range(max(1, depth))]
         rest: dict[str, Any] = {"bias": bias, "padding_mode": padding_mode, "device": device, "dtype": dtype}
         first = self._conv(in_channels, smallest, kernel_size, stride, padding, dilation, **rest)

@@ -194,7 +194,7 @@ def _solve(name: str, unit: Conv, gram: Tensor, cross: Tensor, power: Tensor, ri
     bias = unit.bias
     free = features if bias is not None else features - 1
     kept = groups * outputs
-    weights = unit.weight[:kept].double().reshape(groups, outputs, features - 1).mT
+    weights = unit.weight[:kept].double().clone().reshape(groups, outputs, features - 1).mT
     if bias is not None:
         weights = torch.cat([weights, bias[:kept].double().reshape(groups, 1, outputs)], 1)
     gram, cross = gram[:, :free, :free], cross[:, :free]
@@ -208,6 +208,6 @@ def _solve(name: str, unit: Conv, gram: Tensor, cross: Tensor, power: Tensor, ri
         bias[:kept] = fitted[:, -1].reshape(kept).to(bias.dtype)
 
     def error(solution: Tensor) -> float:
-        return float((power + (solution * (gram @ solution - 2 * cross)).sum()) / spread)
+        return max(0.0, float((power + (solution * (gram @ solution - 2 * cross)).sum()) / spread))
 
     return UnitFit(name, error(weights), error(fitted))
