@@ -67,6 +67,7 @@ Alpha = Annotated[float | str, PlainValidator(_check_alpha)]
 Paths = Annotated[tuple[PathName, ...], Field(strict=False), AfterValidator(_check_paths)]
 Glob = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN), AfterValidator(_check_glob)]
 Regex = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN), AfterValidator(_check_regex)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 Operator = Annotated[str, AfterValidator(_check_operator)]
 LayoutText = Annotated[str, AfterValidator(_check_layout)]
 
@@ -94,7 +95,7 @@ class Choices(Part):
     min_size: Annotated[int, Field(ge=1)] | None = None
     round_to: Annotated[int, Field(ge=1)] | None = None
     c0: Annotated[int, Field(ge=1)] | None = None
-    options: dict[str, Scalar] = {}
+    options: dict[Name, Scalar] = {}
 
     @property
     def operator_options(self) -> dict[str, Scalar]:
