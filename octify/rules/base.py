@@ -7,14 +7,16 @@ input into the layout that the plan says before it calls `emit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import fx, nn
 
 from octify.graph import shape_of, value_of
+from octify.layout import Layout
+from octify.recipe import Settings
 
 Ids = NDArray[np.int64]
 
@@ -24,6 +26,7 @@ class Map:
     """A feature map while planning: which channel classes it holds, and which axes are channels and which are halved.
 
     `ids` has the shape of the channel axes (two axes inside a channel shuffle, say). Axes count from 0.
+    A dense tensor that nothing is known about is a `Plain` instead: whoever joins it with a map splits it.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +50,14 @@ class Map:
         return Map(shape, ids, self.channel, self.spatial)
 
 
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A dense tensor while planning; `image` says that no convolution has touched it yet."""
+
+    shape: tuple[int, ...]
+    image: bool = False
+
+
 class Ties(Protocol):
     """Where rules say which channels are the same channel; the plan implements it."""
 
@@ -55,11 +66,19 @@ class Ties(Protocol):
         ...
 
     def follow(self, count: int) -> Ids:
-        """New channels of a dense result that follow what they are joined with (an adapter splits them)."""
+        """New channels without a writer of their own, high unless they are tied to low ones."""
         ...
 
-    def high(self, count: int) -> Ids:
-        """New channels that must be high."""
+    def high(self, count: int, why: str = "") -> Ids:
+        """New channels that must be high, for a reason."""
+        ...
+
+    def pin(self, ids: Ids, why: str) -> None:
+        """Says that existing channels must be high."""
+        ...
+
+    def write(self, ids: Ids) -> None:
+        """Says that this operation's alpha has a say in these channels too (a depthwise convolution)."""
         ...
 
     def tie(self, first: Ids, second: Ids) -> None:
@@ -74,6 +93,10 @@ class Ties(Protocol):
         """Says that a convolution reads these channels in whatever layout they have."""
         ...
 
+    def close(self, ids: Ids) -> None:
+        """Says that a pooling over the whole map reads these channels in whatever layout they have."""
+        ...
+
     def want_dense(self, ids: Ids) -> None:
         """Says that a reader needs these channels as one dense map."""
         ...
@@ -84,21 +107,6 @@ class Ties(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the recipe says about one operation, as the rules see it."""
-
-    alpha: float = 0.0
-    kernels: str = "fold"
-    keep: bool = False
-    min_size: int = 7
-    downsample: str = "stride"
-    paths: tuple[str, ...] = ("hh", "hl", "lh", "ll")
-    operator: str = "octave"
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-    stem: bool = False
-
-
-@dataclass(frozen=True)
 class Op:
     """One operation of the source: its node, its module if it has one, and its input values while planning."""
 
@@ -106,6 +114,7 @@ class Op:
     module: nn.Module | None
     values: dict[fx.Node, Any]
     settings: Settings
+    dense_stem: bool = False
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -164,6 +173,70 @@ class Dense(Exception):
     """Raised by a `flow`: this use of the operation has no octave form, for the reason given; it stays dense."""
 
 
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """An emitted split value: the nodes of its two bands, its layout, and the map that it is in the source.
+
+    The channel axes of a band are flattened into one, at the place of the map's first channel axis.
+    """
+
+    high: fx.Node
+    low: fx.Node
+    layout: Layout
+    map: Map
+
+
+class Build(Protocol):
+    """What a rule's `emit` makes nodes with; the rewrite implements it."""
+
+    def value(self, node: fx.Node) -> Any:
+        """What was emitted for a source node, in the planned layout: a node, Bands, or a tuple of them."""
+        ...
+
+    def bands(self, node: fx.Node, like: Map, layout: Layout) -> Bands:
+        """An input as bands of the given layout, split if it is dense."""
+        ...
+
+    def dense(self, node: fx.Node) -> fx.Node:
+        """An input as one dense tensor, merged if it is split."""
+        ...
+
+    def layout(self, found: Map) -> Layout:
+        """The planned layout of a map."""
+        ...
+
+    def function(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call of a function."""
+        ...
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Adds a call of a tensor's method."""
+        ...
+
+    def module(self, make: Callable[[], nn.Module], *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
+        """Adds a call of a module that takes the place of the source's (or of a child `part` of that place).
+
+        `make` is called once, also when the source calls its module several times.
+        """
+        ...
+
+    def source_module(self) -> nn.Module:
+        """A copy of the source's module."""
+        ...
+
+    def pair(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The two results of a node that gives (high, low)."""
+        ...
+
+    def rest(self, argument: Any) -> Any:
+        """An argument with emitted nodes in the places of source nodes (shapes, numbers)."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """What the plan says about how to emit this operation."""
+        ...
+
+
 class Rule:
     """How one kind of operation goes through the rewriter; subclasses say `flow` and `emit`."""
 
@@ -177,12 +250,18 @@ class Rule:
         """
         raise NotImplementedError
 
-    def emit(self, op: Op, build: Any) -> Any:
+    def emit(self, op: Op, build: Build) -> Any:
         """Adds the nodes for the bands and gives the emitted value; called only when an input or output is split."""
         raise NotImplementedError
 
+    def changes(self, op: Op, reads: list[Layout], gives: list[Layout]) -> bool:
+        """Whether an operation differs from the source's, given the chosen layouts."""
+        return any(not layout.is_dense for layout in (*reads, *gives))
 
-R = TypeVar("R", bound=type[Rule])
+    def options(self, op: Op, reads: list[Layout], gives: list[Layout]) -> tuple[dict[str, Any], list[str]]:
+        """What the plan records about how to emit an operation that chooses, and notes."""
+        return {}, []
+
 
 MODULES: dict[type[nn.Module], Rule] = {}
 FUNCTIONS: dict[Callable[..., Any], Rule] = {}

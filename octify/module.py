@@ -1,0 +1,137 @@
+"""The converted module: a GraphModule that keeps the source's module tree, attributes and both modes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import fx, nn
+
+from octify.trace import SymbolicTracer
+
+_SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
+
+
+class OctaveModule(fx.GraphModule):
+    """A GraphModule over the source's own containers.
+
+    A source that returns something else in train mode (auxiliary heads) has one graph a mode; `train()` and `eval()`
+    change between them.
+    """
+
+    mode_graphs: dict[bool, fx.Graph] | None
+
+    @classmethod
+    def build(cls, root: nn.Module, graph: fx.Graph, *, two_modes: bool = False) -> OctaveModule:
+        """Wraps a module tree and a graph over it."""
+        graphs = {mode: _for_mode(graph, mode) for mode in (True, False)} if two_modes else None
+        module = cls(root, graphs[root.training] if graphs else graph, class_name=type(root).__name__)
+        module._adopt(root)
+        object.__setattr__(module, "mode_graphs", graphs)
+        return module
+
+    def _adopt(self, root: nn.Module) -> None:
+        """Takes over the whole tree: containers keep their classes, unused modules their places."""
+        self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set
+        for name, value in vars(root).items():
+            if name not in _SKIP and name not in self.__dict__:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "training", root.training)
+
+    def train(self, mode: bool = True) -> OctaveModule:
+        """Sets the mode, and the graph that belongs to it."""
+        super().train(mode)
+        graphs = self.__dict__.get("mode_graphs")
+        if graphs and self.graph is not graphs[mode]:
+            self.graph = graphs[mode]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OctaveModule:
+        state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in _DERIVED}, memo)
+        return _restore(state, *self._graphs(), type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {name: value for name, value in vars(self).items() if name not in _DERIVED}
+        return _restore, (state, *self._graphs(), type(self).__name__)
+
+    def _graphs(self) -> tuple[list[Any], dict[bool, list[Any]] | None]:
+        graphs = self.__dict__.get("mode_graphs")
+        return graph_to_data(self.graph), graphs and {mode: graph_to_data(graph) for mode, graph in graphs.items()}
+
+
+_DERIVED = {"_graph", "_code", "mode_graphs", "_lineno_map", "_prologue_start"}
+
+
+def _restore(
+    state: dict[str, Any], graph: list[Any], graphs: dict[bool, list[Any]] | None, class_name: str
+) -> OctaveModule:
+    """The inverse of taking an OctaveModule apart into its state and graphs."""
+    root = nn.Module()
+    root.__dict__.update(state)
+    modes = graphs and {mode: graph_from_data(data) for mode, data in graphs.items()}
+    module = OctaveModule(root, modes[root.training] if modes else graph_from_data(graph), class_name=class_name)
+    module.__dict__.update(state)
+    object.__setattr__(module, "mode_graphs", modes)
+    return module
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node inside an argument, by name."""
+
+    name: str
+
+
+def graph_to_data(graph: fx.Graph) -> list[Any]:
+    """A graph as plain tuples, which pickle; the functions in it go by name."""
+
+    def plain(argument: Any) -> Any:
+        return fx.node.map_aggregate(argument, lambda leaf: _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf)
+
+    return [
+        (node.name, node.op, node.target, _thaw(plain(node.args)), _thaw(plain(node.kwargs))) for node in graph.nodes
+    ]
+
+
+def graph_from_data(data: list[Any]) -> fx.Graph:
+    """The inverse of `graph_to_data`."""
+    graph = fx.Graph(tracer_cls=SymbolicTracer)
+    nodes: dict[str, fx.Node] = {}
+
+    def linked(argument: Any) -> Any:
+        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
+
+    for name, op, target, args, kwargs in data:
+        nodes[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)
+    return graph
+
+
+def _thaw(argument: Any) -> Any:
+    """fx's immutable collections as plain ones."""
+    if isinstance(argument, dict):
+        return {key: _thaw(value) for key, value in cast("dict[Any, Any]", argument).items()}
+    if isinstance(argument, list):
+        return [_thaw(item) for item in cast("list[Any]", argument)]
+    if type(argument) is tuple:
+        return tuple(_thaw(item) for item in cast("tuple[Any, ...]", argument))
+    return argument
+
+
+def _for_mode(graph: fx.Graph, training: bool) -> fx.Graph:
+    """The part of a two-mode graph that one mode needs."""
+    copied = copy.deepcopy(graph)
+    output = next(node for node in reversed(copied.nodes) if node.op == "output")
+    train, evaluate = cast("tuple[Any, Any]", output.args[0])
+    output.args = (train if training else evaluate,)
+    for node in reversed(list(copied.nodes)):
+        if not node.users and node.op not in ("output", "placeholder") and not _writes(node):
+            copied.erase_node(node)
+    return copied
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node without readers still does something (in place)."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")

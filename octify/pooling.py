@@ -1,0 +1,119 @@
+"""Pooling on windows over both bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octify.errors import ConversionError
+from octify.ops import halve
+
+_POOLS = {
+    "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A pooling's geometry, as PyTorch's modules write it; numbers stand for all axes."""
+
+    kind: str
+    kernel: int | Sequence[int]
+    stride: int | Sequence[int]
+    padding: int | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor: int | None = None
+    dims: int = 2
+
+    def checked(self, return_indices: bool) -> Window:
+        """The window itself.
+
+        Raises:
+            ConversionError: indices are asked for; they have no meaning on bands.
+        """
+        if return_indices:
+            raise ConversionError("a pooling that returns indices cannot be split")
+        return self
+
+    def axis(self, value: int | Sequence[int], index: int) -> int:
+        """One axis' number."""
+        if isinstance(value, int):
+            return value
+        return int(value[index if len(value) > 1 else 0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pools a dense map."""
+        pool = _POOLS[self.kind][self.dims - 1]
+        if self.kind == "max":
+            return pool(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        if self.dims == 1 or self.divisor is None:
+            return pool(x, self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return pool(x, self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor)
+
+
+class OctPool(nn.Module):
+    """A pooling of both bands: (N, Ch, H, W) and (N, Cl, ⌈H/2⌉, ⌈W/2⌉) → the same of the pooled size.
+
+    The low band is pooled by the window that covers what the source's two windows cover.
+    """
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+        spatial = min(2, window.dims)
+        axes = range(window.dims)
+        split = [index >= window.dims - spatial for index in axes]
+        stride = [window.axis(window.stride, index) for index in axes]
+        span = [window.axis(window.dilation, i) * (window.axis(window.kernel, i) - 1) for i in axes]
+        pad = [window.axis(window.padding, index) for index in axes]
+        first = [-((pad[i] + 1) // 2) if split[i] else -pad[i] for i in axes]
+        last = [(stride[i] + span[i] - pad[i]) // 2 if split[i] else span[i] - pad[i] for i in axes]
+        self.split = tuple(split)
+        self.low_stride = tuple(stride)
+        self.low_kernel = tuple(b - a + 1 for a, b in zip(first, last, strict=True))
+        self.left = tuple(-a for a in first)
+        self.reach = tuple(last)
+
+    def extra_repr(self) -> str:
+        """The window on each grid."""
+        return f"{self.window}, low kernel {self.low_kernel}, stride {self.low_stride}, padding {self.left}"
+
+    def forward(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled bands."""
+        pooled = self.window(high) if high.shape[1] else _carrier(self.window, high)
+        size = pooled.shape[2:]
+        wanted = [halve([n])[0] if split else n for n, split in zip(size, self.split, strict=True)]
+        return pooled, self._low(low, wanted)
+
+    def _low(self, low: Tensor, wanted: Sequence[int]) -> Tensor:
+        pool = _POOLS[self.window.kind][self.window.dims - 1]
+        include = () if self.window.kind == "max" else (False, self.window.count_include_pad)
+        sizes = low.shape[2:]
+        plain = all(
+            (n + 2 * left - kernel) // stride + 1 == want and 2 * left <= kernel
+            for n, left, kernel, stride, want in zip(
+                sizes, self.left, self.low_kernel, self.low_stride, wanted, strict=True
+            )
+        )
+        if plain and self.window.kind == "max":
+            return pool(low, self.low_kernel, self.low_stride, self.left)
+        if plain:
+            return pool(low, self.low_kernel, self.low_stride, self.left, *include)
+        pads: list[int] = []
+        for n, left, stride, reach, want in reversed(
+            list(zip(sizes, self.left, self.low_stride, self.reach, wanted, strict=True))
+        ):
+            pads += [left, stride * (want - 1) + reach - (n - 1)]
+        return pool(F.pad(low, pads, "replicate"), self.low_kernel, self.low_stride)
+
+
+def _carrier(window: Window, high: Tensor) -> Tensor:
+    """The size of the pooled map without channels."""
+    probe = window(high.new_zeros((1, 1, *high.shape[2:])))
+    return high.new_empty((high.shape[0], 0, *probe.shape[2:]))

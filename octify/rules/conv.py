@@ -1,0 +1,141 @@
+"""Convolutions: they choose the layout of what they give and read any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d, fits_paper
+from octify.layout import Layout
+from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Plain, Rule, Ties, register
+
+OCTAVE: dict[int, type[OctConv]] = {1: OctConv1d, 2: OctConv2d, 3: OctConv3d}
+SAME = (Conv2dSame, StdConv2dSame, ScaledStdConv2dSame)  # padded at run time, from the input's size
+STANDARDISED = (StdConv2d, StdConv2dSame)
+SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
+
+
+class Convolution(Rule):
+    """`Y^H = f(X^H; W_HH) + up(f(X^L; W_LH))`, `Y^L = f(X^L; W_LL) + f(pool(X^H); W_HL)`."""
+
+    kind = "chooses"
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """Reads any layout; gives new channels, those of its input if it is depthwise."""
+        conv: Any = op.module
+        source = op.argument(0, "input")
+        shape = op.shape
+        spatial = tuple(range(len(shape) - min(2, len(shape) - 2), len(shape)))
+        if len(shape) != len(conv.kernel_size) + 2 or not isinstance(source, (Map, Plain)):
+            raise Dense("its input is no batch of maps")
+        if isinstance(source, Map) and not source.is_plain:
+            raise Dense("its input's axes are in another order")
+        if isinstance(source, Map) and _is_depthwise(conv):
+            return self._depthwise(op, source, ties)
+        if isinstance(source, Map):
+            ties.read(source.ids)
+            if conv.groups > 1:
+                ties.balance(source.ids, conv.groups)
+        why = _reason_for_dense(op, source, shape, spatial)
+        ids = ties.high(conv.out_channels, why) if why else ties.free(conv.out_channels)
+        if conv.groups > 1 and not why:
+            ties.balance(ids, conv.groups)
+        return Map(shape, ids, (1,), spatial)
+
+    def _depthwise(self, op: Op, source: Map, ties: Ties) -> Map:
+        conv: Any = op.module
+        size = tuple(op.shape[axis] for axis in source.spatial)
+        if op.too_small(size):
+            raise Dense(_small(size))
+        ids: Ids = source.ids.repeat(conv.out_channels // conv.in_channels)
+        ties.write(ids)
+        return source.with_ids(ids, op.shape)
+
+    def changes(self, op: Op, reads: list[Layout], gives: list[Layout]) -> bool:
+        """Whether the convolution changes; the paper pools before strided convolutions in dense stages too."""
+        settings, conv = op.settings, op.module
+        if super().changes(op, reads, gives):
+            return True
+        source = op.argument(0, "input")
+        stem = isinstance(source, Plain) and source.image and op.dense_stem
+        pools = settings.kernels == "paper" and settings.downsample == "pool" and max(conv.stride) > 1  # pyright: ignore
+        return pools and not stem and fits_paper(conv) is None  # pyright: ignore
+
+    def options(self, op: Op, reads: list[Layout], gives: list[Layout]) -> tuple[dict[str, Any], list[str]]:
+        """Which kernels are used; paper kernels fall back to folded ones where they do not fit."""
+        settings = op.settings
+        options: dict[str, Any] = {"kernels": settings.kernels, "downsample": settings.downsample}
+        if len(settings.paths) < 4:
+            options["paths"] = list(settings.paths)
+        notes: list[str] = []
+        if settings.kernels == "paper":
+            misfit = fits_paper(op.module)
+            if misfit:
+                options = {"kernels": "fold"}
+                notes.append(f"folded kernels: {misfit}")
+        else:
+            options = {key: value for key, value in options.items() if key != "downsample"}
+        return options, notes
+
+    def emit(self, op: Op, build: Build) -> Any:
+        """One octave convolution under the source's name."""
+        source = build.value(op.node.args[0] if op.node.args else op.node.kwargs["input"])  # pyright: ignore
+        given: Map = op.values[op.node]
+        reads = source.layout if isinstance(source, Bands) else Layout.dense(op.module.in_channels)  # pyright: ignore
+        gives = build.layout(given)
+        options = build.options()
+
+        def make() -> nn.Module:
+            return make_octave(op.module, reads, gives, options)  # pyright: ignore
+
+        arguments = (source.high, source.low) if isinstance(source, Bands) else (source,)
+        node = build.module(make, *arguments)
+        return node if gives.is_dense else Bands(*build.pair(node), gives, given)
+
+
+def _is_depthwise(conv: Any) -> bool:
+    return conv.groups == conv.in_channels > 1
+
+
+def _small(size: tuple[int, ...]) -> str:
+    return f"its map of {'x'.join(map(str, size))} is less than twice min_size"
+
+
+def _reason_for_dense(op: Op, source: Map | Plain, shape: tuple[int, ...], spatial: tuple[int, ...]) -> str:
+    size = tuple(shape[axis] for axis in spatial)
+    if op.too_small(size):
+        return _small(size)
+    if isinstance(source, Plain) and source.image and op.dense_stem:
+        return "the first convolution on the image"
+    return ""
+
+
+def make_octave(conv: Any, reads: Layout, gives: Layout, options: dict[str, Any]) -> OctConv:
+    """The octave convolution that takes a convolution's place."""
+    more: dict[str, Any] = {}
+    if _pads_same(conv):
+        more["padding"] = "same_dynamic"
+    if type(conv) in (*STANDARDISED, *SCALED):
+        more["weight"] = _standardised(conv)
+    return OCTAVE[len(conv.kernel_size)].from_conv(conv, reads, gives, **options, **more)
+
+
+def _pads_same(conv: Any) -> bool:
+    """Whether timm pads at run time; its standardising kinds decide that when they are built."""
+    return type(conv) in SAME and getattr(conv, "same_pad", True)
+
+
+@torch.no_grad()
+def _standardised(conv: Any) -> Tensor:
+    """The weight that a weight-standardising convolution convolves with, exact for what it holds now."""
+    flat = conv.weight.reshape(1, conv.out_channels, -1)
+    gain = (conv.gain * conv.scale).view(-1) if type(conv) in SCALED else None
+    weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps)
+    return weight.reshape_as(conv.weight).requires_grad_(conv.weight.requires_grad)
+
+
+register(Convolution(), modules=(nn.Conv1d, nn.Conv2d, nn.Conv3d, *SAME, StdConv2d, ScaledStdConv2d))

@@ -1,0 +1,176 @@
+"""Elementwise operations of any number of operands: activations, add, mul, gates, learned scales."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import timm.layers as tl
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from octify.graph import input_nodes
+from octify.layers import pool_low
+from octify.layout import Layout
+from octify.ops import take_channels
+from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
+
+
+class Elementwise(Rule):
+    """Every operand of the output's shape shares its bits; vectors and spatial gates are cut to the bands.
+
+    Exact on the low band: it stands for a map that is constant on 2x2 blocks, and so is any function of such maps.
+    """
+
+    kind = "joins"
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """Ties the full operands; the others must broadcast over whole axes."""
+        shape = op.shape
+        full = [found for found in op.maps if found.shape == shape]
+        if not full:
+            raise Dense("no operand has the output's shape")
+        first = full[0]
+        for found in full[1:]:
+            if found.channel != first.channel or found.spatial != first.spatial:
+                raise Dense("its operands' axes are in different orders")
+            ties.tie(first.ids, found.ids)
+        for node in input_nodes(op.node):
+            value = op.values[node]
+            if _role(value, first, shape) == "odd":
+                raise Dense(f"an operand of shape {getattr(value, 'shape', value)} broadcasts over a part of the axes")
+            if isinstance(value, Map) and value.shape != shape:
+                ties.want_dense(value.ids)
+        return first
+
+    def emit(self, op: Op, build: Build) -> Bands:
+        """The same call once a band."""
+        given: Map = op.values[op.node]
+        layout = build.layout(given)
+        operands = {node: _operand(op, build, node, given, layout) for node in input_nodes(op.node)}
+        high, low = (_call(op, build, {node: pair[band] for node, pair in operands.items()}) for band in (0, 1))
+        return Bands(high, low, layout, given)
+
+
+def _call(op: Op, build: Build, operands: dict[fx.Node, Any]) -> fx.Node:
+    node = op.node
+    args = fx.node.map_arg(node.args, lambda source: operands[source])
+    kwargs = fx.node.map_arg(node.kwargs, lambda source: operands[source])
+    if node.op == "call_module":
+        return build.module(build.source_module, *args, **kwargs)  # pyright: ignore
+    if node.op == "call_method":
+        return build.method(str(node.target), *args, **kwargs)  # pyright: ignore
+    return build.function(node.target, *args, **kwargs)  # pyright: ignore
+
+
+def _role(value: Any, like: Map, shape: tuple[int, ...]) -> str:
+    """What an operand is to a map: full, a vector of channels, a spatial gate, a scalar, or something odd."""
+    if not isinstance(value, (Map, Plain)):
+        return "scalar"
+    aligned = (1,) * (len(shape) - len(value.shape)) + value.shape
+    if len(aligned) != len(shape):
+        return "odd"
+    if aligned == shape:
+        return "full"
+    channels = tuple(aligned[axis] for axis in like.channel)
+    spatial = tuple(aligned[axis] for axis in like.spatial)
+    if math.prod(channels) == math.prod(spatial) == 1:
+        return "scalar"
+    if math.prod(spatial) == 1 and channels == tuple(shape[axis] for axis in like.channel):
+        return "vector"
+    if math.prod(channels) == 1 and spatial == tuple(shape[axis] for axis in like.spatial):
+        return "gate"
+    return "odd"
+
+
+def _operand(op: Op, build: Build, node: fx.Node, like: Map, layout: Layout) -> tuple[Any, Any]:
+    """An operand for the high and for the low band."""
+    value = op.values[node]
+    role = _role(value, like, op.shape)
+    if role == "full":
+        bands = build.bands(node, like, layout)
+        return bands.high, bands.low
+    dense = build.dense(node)
+    if role == "scalar":
+        return dense, dense
+    missing = len(op.shape) - len(value.shape)
+    first = like.channel[0] - missing
+    if role == "vector" and len(like.channel) > 1:
+        dense = build.method("flatten", dense, first, first + len(like.channel) - 1)
+    if role == "vector":
+        return tuple(build.function(take_channels, dense, index, first) for index in (layout.high_index, layout.low_index))  # type: ignore
+    if like.channel != (1,) or missing:
+        raise Dense("a spatial gate on a map with its axes in another order")
+    return dense, build.function(pool_low, dense, len(like.spatial))
+
+
+class SharedDrop(nn.Module):
+    """Drops whole samples of a residual branch, the same ones in both bands."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, high: torch.Tensor, low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both bands times one mask drawn by the source's module."""
+        if not self.training:
+            return high, low
+        mask = self.drop(high.new_ones((high.shape[0],) + (1,) * (high.dim() - 1)))
+        return high * mask, low * mask
+
+
+class DropSamples(Rule):
+    """Stochastic depth."""
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """Keeps its input's channels."""
+        return _only_map(op)
+
+    def emit(self, op: Op, build: Build) -> Bands:
+        """One mask for both bands."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        node = build.module(lambda: SharedDrop(build.source_module()), source.high, source.low)
+        return Bands(*build.pair(node), source.layout, source.map)
+
+
+def _only_map(op: Op) -> Map:
+    (found,) = op.maps
+    return found
+
+
+ACTIVATION_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
+    nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink,
+    nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.Identity, tl.Sigmoid, tl.Tanh, tl.Swish, tl.Mish, tl.HardSwish, tl.HardSigmoid,
+    tl.HardMish, tl.GELU, tl.GELUTanh, tl.QuickGELU,
+)  # fmt: skip
+
+ACTIVATION_FUNCTIONS = (
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
+    F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign, F.softshrink, F.hardshrink, F.tanhshrink, F.logsigmoid,
+    F.threshold, F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.relu_, F.leaky_relu_, F.elu_,
+    torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.sqrt, torch.rsqrt,
+    torch.square, torch.clamp, torch.pow, torch.clone, torch.neg, torch.sign, torch.reciprocal, torch.log,
+    operator.neg, operator.pow, abs,
+)  # fmt: skip
+
+JOIN_FUNCTIONS = (
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
+    operator.itruediv, torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.divide,
+    torch.true_divide, torch.maximum, torch.minimum, torch.lerp, torch.addcmul,
+)  # fmt: skip
+
+METHODS = (
+    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "exp", "abs", "sqrt", "rsqrt", "square", "clamp",
+    "clamp_", "clamp_min", "clamp_max", "pow", "clone", "neg", "contiguous", "detach", "float", "half", "bfloat16",
+    "double", "to", "type_as", "type", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum",
+    "minimum", "hardsigmoid", "lerp", "reciprocal", "log", "requires_grad_",
+)  # fmt: skip
+
+register(Elementwise(), modules=dict.fromkeys(ACTIVATION_MODULES))
+register(Elementwise(), functions=dict.fromkeys((*ACTIVATION_FUNCTIONS, *JOIN_FUNCTIONS)), methods=METHODS)
+register(DropSamples(), modules=(tl.DropPath, StochasticDepth))

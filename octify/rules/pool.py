@@ -1,0 +1,132 @@
+"""Pooling: on windows (keeps channels) and over the whole map (closes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from octify.graph import input_nodes
+from octify.ops import global_max, global_mean
+from octify.pooling import OctPool, Window
+from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
+
+
+class WindowPool(Rule):
+    """Max and average pooling; on the low band with the folded window, which is only approximately right."""
+
+    def __init__(self, window: Callable[[Op], Window]) -> None:
+        self.window = window
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """Keeps its input's channels, unless the pooled map is too small to split."""
+        (found,) = op.maps
+        if not found.is_plain:
+            raise Dense("its input's axes are in another order")
+        size = tuple(op.shape[axis] for axis in found.spatial)
+        if op.too_small(size):
+            raise Dense(f"its map of {'x'.join(map(str, size))} is less than twice min_size")
+        self.window(op)
+        ties.note("approximate on the low band")
+        return found.with_ids(found.ids, op.shape)
+
+    def emit(self, op: Op, build: Build) -> Bands:
+        """One module over both bands."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        window = self.window(op)
+        node = build.module(lambda: OctPool(window), source.high, source.low)
+        return Bands(*build.pair(node), source.layout, op.values[op.node])
+
+
+def _from_module(op: Op) -> Window:
+    pool: Any = op.module
+    return Window(
+        "max" if type(pool).__name__.startswith("Max") else "average",
+        pool.kernel_size, pool.stride, pool.padding, getattr(pool, "dilation", 1), pool.ceil_mode,
+        getattr(pool, "count_include_pad", True), getattr(pool, "divisor_override", None),
+        dims=len(op.shape) - 2,
+    ).checked(getattr(pool, "return_indices", False))  # fmt: skip
+
+
+def _from_function(op: Op) -> Window:
+    function = op.node.target
+    dims = len(op.shape) - 2
+    kernel = op.concrete(1, "kernel_size")
+    stride = op.concrete(2, "stride") or kernel
+    padding = op.concrete(3, "padding", 0)
+    if function in MAX_FUNCTIONS:
+        dilation, ceil = op.concrete(4, "dilation", 1), op.concrete(5, "ceil_mode", False)
+        return Window("max", kernel, stride, padding, dilation, ceil, dims=dims).checked(
+            op.concrete(6, "return_indices", False)
+        )
+    ceil, include = op.concrete(4, "ceil_mode", False), op.concrete(5, "count_include_pad", True)
+    return Window("average", kernel, stride, padding, 1, ceil, include, op.concrete(6, "divisor_override"), dims=dims)
+
+
+class GlobalPool(Rule):
+    """The mean (or maximum) over the whole map, from both bands: each low position counts for those it stands for."""
+
+    kind = "closes"
+
+    def __init__(self, function: Callable[..., Any], reduces: Callable[[Op, Map], bool | None]) -> None:
+        self.function = function
+        self.reduces = reduces
+
+    def flow(self, op: Op, ties: Ties) -> Plain:
+        """Gives a dense vector in the source's channel order."""
+        (found,) = op.maps
+        if self.reduces(op, found) is None or len(found.channel) > 1:
+            raise Dense("it does not reduce the whole map to one number a channel")
+        ties.close(found.ids)
+        return Plain(op.shape)
+
+    def emit(self, op: Op, build: Build) -> fx.Node:
+        """One function over both bands."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        keep = bool(self.reduces(op, source.map))
+        order, found = source.layout.order, source.map
+        return build.function(self.function, source.high, source.low, order, found.channel[0], found.spatial, keep)
+
+
+def _adaptive(op: Op, found: Map) -> bool | None:
+    size = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
+    sizes = set(size) if isinstance(size, (tuple, list)) else {size}  # pyright: ignore
+    whole = sizes == {1} and len(found.spatial) == len(found.shape) - 2 and found.is_plain
+    return True if whole else None
+
+
+def _over_axes(op: Op, found: Map) -> bool | None:
+    """Whether a reduction keeps its axes, if it is over the spatial axes and no others."""
+    axes = op.concrete(1, "dim")
+    if axes is None or "dtype" in op.node.kwargs:
+        return None
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    rank = len(found.shape)
+    if sorted(axis % rank for axis in axes) != sorted(found.spatial):
+        return None
+    return bool(op.concrete(2, "keepdim", False))
+
+
+MAX_FUNCTIONS = (F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
+AVG_FUNCTIONS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+register(
+    WindowPool(_from_module),
+    modules=(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+)
+register(WindowPool(_from_function), functions=dict.fromkeys((*MAX_FUNCTIONS, *AVG_FUNCTIONS)))
+register(
+    GlobalPool(global_mean, _adaptive),
+    modules=(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    functions=dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)),
+)
+register(
+    GlobalPool(global_max, _adaptive),
+    modules=(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    functions=dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)),
+)
+register(GlobalPool(global_mean, _over_axes), functions=(torch.mean,), methods=("mean",))
+register(GlobalPool(global_max, _over_axes), functions=(torch.amax,), methods=("amax",))
