@@ -10,7 +10,8 @@ Source: Zhang, Xu, Shen, "A Compact Convolution Module for Efficient Feature Lea
 
 What the paper leaves open is decided here:
 
-- stride and padding sit in the first convolution; the others keep the size, with the same kernel, dilation and mode;
+- stride and padding sit in the first convolution; the others keep the size, with the same kernel, dilation and mode
+  (so "reflect" needs an output that is larger than half the kernel's reach);
 - the copied channels are brought to the output's size by `copies`, an average pooling where there is a stride;
 - copies that the input is too narrow for are taken cyclically;
 - where a0 has fewer channels than must be trimmed (only C_out 7 at depth 2; 15 to 19 and 29 at depth 3), the last of
