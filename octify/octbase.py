@@ -17,6 +17,14 @@ from octify.layout import Layout
 Bands = Tensor | tuple[Tensor, Tensor]
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels last if the tensor is laid out so and in no other way."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
 class OctBase(nn.Module):
     """An octave convolution's layouts, paths and parameters; subclasses have the geometry and the forward pass."""
 
@@ -46,8 +54,7 @@ class OctBase(nn.Module):
     def place_weights(self, weight: Tensor, bias: Tensor | None) -> None:
         """Makes the parameters from a dense convolution's; shapes, dtype, device and `requires_grad` as given there."""
         source = weight.detach()
-        last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-        memory_format = torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
+        memory_format = memory_format_of(weight)
         by_output = swap_sides(source, self.groups) if self.transposed else source
         for path in PATHS:
             if path not in self.paths:
