@@ -85,9 +85,10 @@ def build_model(
     place = torch.device(device or "cpu")
     with _seeded(seed), _OnMeta() if place.type == "meta" else contextlib.nullcontext():
         model = _build(spec, pretrained)  # on the CPU otherwise: the same weights on every device
+    model = model.to(place)
     if weights is not None:
         load_weights(model, Path(weights))
-    return model if place.type == "cpu" or weights is not None and place.type == "meta" else model.to(place)
+    return model
 
 
 def input_shape(model: str | Spec | nn.Module) -> tuple[Shape, ...]:
