@@ -33,7 +33,8 @@ def structure_checks(converted: OctaveModule, flows: Flows, plan: Plan) -> list[
         and all(_is(converted, reader, Merge) for item in node.users for reader in item.users)
         for node in graph.nodes
     )
-    dangling = sum(not node.users and node.op == "call_module" for node in graph.nodes)
+    idle = {str(node.target) for node in flows.trace.nodes if node.op == "call_module" and not node.users}
+    dangling = sum(not n.users and n.op == "call_module" and str(n.target) not in idle for n in graph.nodes)
     return [
         Check("no merge followed by a split", merged_split == 0, merged_split),
         Check("no split whose only use is a merge", idle_splits == 0, idle_splits),

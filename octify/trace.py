@@ -236,7 +236,8 @@ class FixedTracer(SymbolicTracer):
         if kind == "output":
             return None
         if kind == "get_attr":
-            return _meta(get_attribute(self.root, target))
+            with _untraced():
+                return _meta(get_attribute(self.root, target))
         args = fx.node.map_arg(node.args, lambda source: source.meta["value"])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["value"])
         with torch.no_grad(), _untraced():
@@ -274,8 +275,8 @@ def _meta(value: Any) -> Any:
 
 
 def _untraced() -> Any:
-    """Undoes the tracer's patch of nn.Module.__call__ while a meta value is computed."""
-    return patch.object(nn.Module, "__call__", _plain_call)
+    """Undoes the tracer's patches of nn.Module while a meta value is computed."""
+    return patch.multiple(nn.Module, __call__=_plain_call, __getattr__=_plain_getattr)
 
 
-_plain_call = nn.Module.__call__
+_plain_call, _plain_getattr = nn.Module.__call__, nn.Module.__getattr__
