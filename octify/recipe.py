@@ -44,6 +44,7 @@ class Settings:
     keep: bool = False
     stem: bool = True
     layout: str | None = None
+    split_input: bool = False
     options: Mapping[str, Scalar] = field(default_factory=dict[str, Scalar], hash=False)
     source: str = "default"
     rule: str = ""
@@ -180,6 +181,7 @@ class Recipe(Part):
             keep=operator == "keep",
             stem=base.stem == "dense" and rule.alpha is None and rule.layout is None,
             layout=rule.layout,
+            split_input=rule.input == "split",
             options={**inherited, **rule.operator_options},
             source="default" if index is None else self.place(index),
             rule="" if index is None else str(rule.pattern),

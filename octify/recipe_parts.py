@@ -117,6 +117,7 @@ class Rule(Choices):
     regex: Regex | None = None
     keep: Literal["dense"] | None = None
     layout: LayoutText | None = None
+    input: Literal["split"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Rule:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d, fits_paper
@@ -51,7 +51,11 @@ class Convolution(Rule):
         size = tuple(op.shape[axis] for axis in source.spatial)
         if op.too_small(size):
             raise Dense(_small(size))
-        ids: Ids = source.ids.repeat(conv.out_channels // conv.in_channels)
+        if op.settings.split_input:
+            ties.pin(source.ids, "its reader splits it again")
+            ids: Ids = ties.free(conv.in_channels).repeat(conv.out_channels // conv.in_channels)
+            return source.with_ids(ids, op.shape)
+        ids = source.ids.repeat(conv.out_channels // conv.in_channels)
         ties.write(ids)
         return source.with_ids(ids, op.shape)
 
@@ -62,7 +66,7 @@ class Convolution(Rule):
             return True
         source = op.argument(0, "input")
         stem = isinstance(source, Plain) and source.image and op.dense_stem
-        pools = settings.kernels == "paper" and settings.downsample == "pool" and max(conv.stride) > 1  # pyright: ignore
+        pools = settings.kernels == "paper" and settings.downsample == "pool" and max(conv.stride[-2:]) > 1  # pyright: ignore
         return pools and not stem and fits_paper(conv) is None  # pyright: ignore
 
     def options(self, op: Op, reads: list[Layout], gives: list[Layout]) -> tuple[dict[str, Any], list[str]]:
@@ -83,14 +87,19 @@ class Convolution(Rule):
 
     def emit(self, op: Op, build: Build) -> Any:
         """One octave convolution under the source's name."""
-        source = build.value(op.node.args[0] if op.node.args else op.node.kwargs["input"])  # pyright: ignore
+        first: fx.Node = op.node.args[0] if op.node.args else op.node.kwargs["input"]  # pyright: ignore
+        conv: Any = op.module
         given: Map = op.values[op.node]
-        reads = source.layout if isinstance(source, Bands) else Layout.dense(op.module.in_channels)  # pyright: ignore
         gives = build.layout(given)
+        if op.settings.split_input and _is_depthwise(conv):
+            source = build.bands(first, given, gives[:: conv.out_channels // conv.in_channels])
+        else:
+            source = build.value(first)
+        reads = source.layout if isinstance(source, Bands) else Layout.dense(conv.in_channels)
         options = build.options()
 
         def make() -> nn.Module:
-            return make_octave(op.module, reads, gives, options)  # pyright: ignore
+            return make_octave(conv, reads, gives, options)
 
         arguments = (source.high, source.low) if isinstance(source, Bands) else (source,)
         node = build.module(make, *arguments)
