@@ -48,7 +48,7 @@ def runs_of(order: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((stretch[0], len(stretch)) for stretch in stretches)
 
 
-class _Channels(nn.Module):
+class Channels(nn.Module):
     """Channels in a fixed order, out of one tensor or several that follow each other: by slices where few do."""
 
     index: Tensor | None
@@ -106,8 +106,8 @@ class Split(nn.Module):
     def __init__(self, layout: Layout, spatial: int = 2) -> None:
         super().__init__()
         self.layout, self.spatial = layout, spatial
-        self.high = _Channels(layout.high_index, [layout.channels])
-        self.low = _Channels(layout.low_index, [layout.channels])
+        self.high = Channels(layout.high_index, [layout.channels])
+        self.low = Channels(layout.low_index, [layout.channels])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Dense to bands."""
@@ -131,7 +131,7 @@ class Merge(nn.Module):
     def __init__(self, layout: Layout, spatial: int = 2) -> None:
         super().__init__()
         self.layout, self.spatial = layout, spatial
-        self.order = _Channels(layout.order, [layout.high, layout.low])
+        self.order = Channels(layout.order, [layout.high, layout.low])
 
     def forward(self, high: Tensor | tuple[Tensor, Tensor], low: Tensor | None = None) -> Tensor:
         """Bands to dense."""

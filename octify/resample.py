@@ -27,8 +27,9 @@ def average(x: Tensor, window: tuple[int, ...]) -> Tensor:
     # Frame by frame: `avg_pool3d` refuses a map of one row, and is 20 times slower on channels-last ones.
     if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
         frames = average(x.transpose(1, 2).flatten(0, 1), window[1:])
-        return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-    return average(x.flatten(1, 2), window[1:]).unflatten(1, (x.shape[1], x.shape[2]))
+        return frames.reshape(x.shape[0], x.shape[2], *frames.shape[1:]).transpose(1, 2)
+    rows = average(x.flatten(1, 2), window[1:])
+    return rows.reshape(*x.shape[:3], *rows.shape[2:])
 
 
 def up_to(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -58,6 +59,14 @@ def _mirror(x: Tensor, pads: Pads) -> Tensor:
         tail = x.narrow(dim, x.shape[dim] - right, right).flip(dim)
         x = torch.cat((head, x, tail), dim)
     return x
+
+
+def cut(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """`length` elements from `start` along a dim counted from the end."""
+    if torch.compiler.is_exporting():
+        # A slice would ask whether it is the whole, which ties the program to sizes of the example's parity.
+        return F.pad(x, [0, 0] * (-dim - 1) + [-start, start + length - x.shape[dim]])
+    return x if start == 0 and x.shape[dim] == length else x.narrow(dim, start, length)
 
 
 def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

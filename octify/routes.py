@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octify.kernels import Axis, Taps, fits_always, fold_taps, half, halve_taps, keep_taps, phase_offsets, right_reach
-from octify.resample import Pads, average, pad, pad_same
+from octify.resample import Pads, average, cut, pad, pad_same
 
 # The low grid's counterpart of a padding mode: reflection starts at the edge itself there, because the first reflected
 # element of the source's grid lies in the same low element as the edge.
@@ -52,6 +52,13 @@ def run_route(
     size: Sequence[int],
 ) -> Tensor:
     """One path, up to its convolution's grid; `size` is the source's output size on the last axes."""
+    x = enter(route, x, size)
+    x = conv(x, weight, bias, route.stride, route.padding, route.dilation, groups)
+    return leave(route, x, size)
+
+
+def enter(route: Route, x: Tensor, size: Sequence[int]) -> Tensor:
+    """What a path does before its convolution."""
     if route.same:
         x = pad_same(x, route.kernel, route.stride, route.dilation)
     if route.pool:
@@ -60,9 +67,13 @@ def run_route(
         x = pad(x, mode, pads)
     for dim, distance, stride in route.pick:
         x = _pick(x, dim, distance, stride, half(size[dim]))
-    x = conv(x, weight, bias, route.stride, route.padding, route.dilation, groups)
+    return x
+
+
+def leave(route: Route, x: Tensor, size: Sequence[int]) -> Tensor:
+    """What a path does after its convolution."""
     for dim in route.crop:
-        x = x.narrow(dim, 0, half(size[dim]) if route.low[dim] else size[dim])
+        x = cut(x, dim, 0, half(size[dim]) if route.low[dim] else size[dim])
     return x
 
 

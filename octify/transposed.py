@@ -22,7 +22,7 @@ from octify.kernels import Axis, Taps, fold_taps, half, keep_taps
 from octify.layout import Layout
 from octify.octbase import Bands, OctBase
 from octify.octconv import Size, as_tuple
-from octify.resample import pool_low
+from octify.resample import cut, pool_low
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -192,7 +192,7 @@ class OctConvTranspose(OctBase):
         groups = self._groups[path]
         x = self.conv(x, weight, bias, plan.stride, plan.padding, plan.output_padding, groups, plan.dilation)
         for dim, front in plan.cut:
-            x = x.narrow(dim, front, half(size[dim]))
+            x = cut(x, dim, front, half(size[dim]))
         return x
 
     def _to_high(self, high: Tensor, low: Tensor | None, size: Sequence[int]) -> Tensor:
@@ -211,7 +211,7 @@ class OctConvTranspose(OctBase):
             behind = max(stride + self.output_padding[dim] - padding, 0)
             wide = F.pad(even, [0, 0] * (-dim - 1) + [front, behind])
             start = padding + front
-            even = wide.narrow(dim, start, length) + wide.narrow(dim, start - stride, length)
+            even = cut(wide, dim, start, length) + cut(wide, dim, start - stride, length)
         return even
 
     def _to_low(self, high: Tensor, low: Tensor | None, size: Sequence[int]) -> Tensor:

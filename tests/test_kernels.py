@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from octify.kernels import Axis, fold_taps, fold_weight, halve_taps
 from octify.layers import (
     OctConv1d,
     OctConv2d,
