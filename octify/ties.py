@@ -248,8 +248,17 @@ class Classes:
                 return "joined with channels that must stay high"
             if not roots & {self.find(i) for i in self.reads}:
                 return "every reader needs a dense map"
-            return f"alpha {writer.settings.alpha:g} of {len(writer.ids)} channels is less than one"
+            return self._too_few(writer)
         return ""
+
+    def _too_few(self, writer: _Writer) -> str:
+        alpha = writer.settings.alpha
+        roots = set(self.roots[writer.ids].tolist())
+        bundle = next((b for b in self.bundles if not roots.isdisjoint(b.members)), None)
+        if bundle is None or bundle.groups == 1:
+            return f"alpha {alpha:g} of {len(writer.ids)} channels is less than one"
+        each = len(bundle.members) // bundle.groups
+        return f"alpha {alpha:g} of {each} channels per group is less than one; nearest {1 / each:g}"
 
 
 def _refines(fine: dict[int, int], coarse: dict[int, int]) -> bool:

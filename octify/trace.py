@@ -229,6 +229,12 @@ class FixedTracer(SymbolicTracer):
         """Whether a number is computed from the symbolic batch."""
         return self.free_batch and any("batch" in source.meta for source in node.all_input_nodes)
 
+    def _known(self, node: fx.Node) -> Any:
+        """A node's meta value; fx makes nodes of its own for buffers that stand as arguments."""
+        if "value" not in node.meta:
+            node.meta["value"] = self._value(node.op, node.target, node)
+        return node.meta["value"]
+
     def _value(self, kind: str, target: Any, node: fx.Node) -> Any:
         if kind == "placeholder":
             index = sum(other.op == "placeholder" for other in self.graph.nodes) - 1
@@ -238,8 +244,8 @@ class FixedTracer(SymbolicTracer):
         if kind == "get_attr":
             with _untraced():
                 return _meta(get_attribute(self.root, target))
-        args = fx.node.map_arg(node.args, lambda source: source.meta["value"])
-        kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["value"])
+        args = fx.node.map_arg(node.args, self._known)
+        kwargs = fx.node.map_arg(node.kwargs, self._known)
         with torch.no_grad(), _untraced():
             if kind == "call_module":
                 return cast(nn.Module, self.skeleton).get_submodule(target)(*args, **kwargs)  # pyright: ignore
