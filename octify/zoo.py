@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octify.errors import ModelError
@@ -31,6 +31,7 @@ from octify.inputs import (
     shapes_of,
     shapes_of_weights,
 )
+from octify.weights import brief, load_weights
 
 Library = Literal["torchvision", "timm", "file", "module"]
 
@@ -122,55 +123,6 @@ def list_models(pattern: str = "") -> list[str]:
     return [name for name in names if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.split(":")[1], glob)]
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a state dict from a .safetensors or .pt file into a network; every name and shape must fit.
-
-    Raises:
-        ModelError: the file cannot be read, holds anything but tensors, or does not fit.
-    """
-    state = _read_state(path)
-    own = cast("dict[str, Tensor]", model.state_dict())
-    faults = [f"lacks {name}" for name in own if name not in state]
-    faults += [f"has {name}, which the network lacks" for name in state if name not in own]
-    faults += [
-        f"has {name} of shape {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if faults:
-        rest = f"\n  and {len(faults) - 3} more" if len(faults) > 3 else ""
-        listed = "".join(f"\n  it {fault}" for fault in faults[:3])
-        raise ModelError(f"{path} does not fit {type(model).__name__}:{listed}{rest}")
-    model.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ModelError(f"{path}: there is no such file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            load_file = cast(
-                "Callable[[Path], dict[str, Tensor]]", importlib.import_module("safetensors.torch").load_file
-            )
-            return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise whatever their reader stumbles on
-        raise ModelError(f"{path}: cannot be read as a state dict: {str(error).splitlines()[0]}") from error
-    state = _inner_state(found)
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path}: holds no state dict: expected names and tensors, as model.state_dict() gives")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
-
-
-def _inner_state(found: Any) -> dict[Any, Any]:
-    """The state dict inside what training scripts save around it."""
-    if not isinstance(found, dict):
-        return {}
-    saved = cast("dict[Any, Any]", found)
-    inner = [_inner_state(saved[key]) for key in ("state_dict", "model") if key in saved]
-    return next((state for state in inner if state), saved)
-
-
 def _bare(name: str) -> Spec:
     if name.endswith((".py", ".pt", ".pth", ".safetensors")) or "/" in name:
         raise ModelError(f'"{name}" names no network: expected {name if name.endswith(".py") else "file.py"}:factory')
@@ -220,7 +172,7 @@ def _build(spec: Spec, pretrained: bool) -> nn.Module:
         return make(spec.name, True)
     except Exception as error:  # every layer of a download has errors of its own
         raise ModelError(
-            f"{spec}: its pretrained weights cannot be had ({type(error).__name__}: {str(error).splitlines()[0]}).\n"
+            f"{spec}: its pretrained weights cannot be had ({brief(error)}).\n"
             "  Without a network, pass a file of weights."
         ) from error
 
@@ -254,7 +206,7 @@ def _call_factory(spec: Spec) -> nn.Module:
         try:
             model = factory()
         except Exception as error:  # the user's own code
-            raise ModelError(f"{spec} failed: {type(error).__name__}: {error}") from error
+            raise ModelError(f"{spec} failed: {brief(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} gave {type(model).__name__}: expected an nn.Module")
     return model
@@ -268,7 +220,7 @@ def _load(spec: Spec) -> ModuleType:
             return importlib.import_module(spec.place)
         return _load_file(Path(spec.place).resolve())
     except Exception as error:  # the user's own code
-        raise ModelError(f"{spec}: {spec.place} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{spec}: {spec.place} cannot be imported: {brief(error)}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
