@@ -31,6 +31,7 @@ class Settings:
 
     `alpha` is the share of low channels of the module's output; `layout` ("48h16l") stands above it. `keep`: the module
     stays as it is and reads a merged map. `stem`: it stays dense if it is the first convolution on the image.
+    `split_input`: a depthwise convolution splits a dense input by its own alpha instead of giving dense maps as well.
     `source` is the `file:line` of the rule that decided, or "default", and `rule` its pattern.
     """
 

@@ -36,6 +36,8 @@ class Convolution(Rule):
             raise Dense("its input's axes are in another order")
         if isinstance(source, Map) and _is_depthwise(conv):
             return self._depthwise(op, source, ties)
+        if op.settings.split_input:
+            ties.note("input: split is for depthwise convolutions that read a map")
         if isinstance(source, Map):
             ties.read(source.ids)
             if conv.groups > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +39,7 @@ def measure(row: Row) -> Measured:
     with torch.device("meta"):
         model = build(row.net)
     recipe = octify.load_recipe(row.recipe, alpha=row.alpha)
-    octave = octify.convert(copy.deepcopy(model), recipe=recipe, example_inputs=row.shape)
+    octave = octify.convert(model, recipe=recipe, example_inputs=row.shape)
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))]
     dense_sizes, sizes = outputs(model, names, row.shape), outputs(octave, names, row.shape)
     split = [name for name, bands in sizes.items() if len(bands) == 2]
