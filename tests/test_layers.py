@@ -94,6 +94,15 @@ def test_resampling_by_its_definition() -> None:
         assert torch.equal(up_to(line, (size,))[0, 0], torch.arange(size).div(2, rounding_mode="floor").float())
 
 
+@given(height=st.integers(1, 9), width=st.integers(1, 9), channels_last=st.booleans())
+def test_pools_alike_with_and_without_gradients(height: int, width: int, channels_last: bool) -> None:
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, height, width, dtype=torch.float64).contiguous(memory_format=order)
+    wanted = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    close(pool_low(x), wanted)
+    close(pool_low(x.requires_grad_()), wanted)
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d])
 def test_time_is_not_pooled(order: torch.memory_format) -> None:
     x = torch.randn(2, 3, 3, 5, 4).contiguous(memory_format=order)
