@@ -25,7 +25,7 @@ class OctaveModule(fx.GraphModule):
     @classmethod
     def build(cls, root: nn.Module, graph: fx.Graph, *, two_modes: bool = False) -> OctaveModule:
         """Wraps a module tree and a graph over it."""
-        graphs = {mode: _for_mode(graph, mode) for mode in (True, False)} if two_modes else None
+        graphs = {mode: graph_of_mode(graph, training=mode) for mode in (True, False)} if two_modes else None
         module = cls(root, graphs[root.training] if graphs else graph, class_name=type(root).__name__)
         module._adopt(root)
         object.__setattr__(module, "mode_graphs", graphs)
@@ -119,8 +119,8 @@ def _thaw(argument: Any) -> Any:
     return argument
 
 
-def _for_mode(graph: fx.Graph, training: bool) -> fx.Graph:
-    """The part of a two-mode graph that one mode needs."""
+def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
+    """The part of a graph with outputs of both modes that one of them needs."""
     copied = copy.deepcopy(graph)
     output = next(node for node in reversed(copied.nodes) if node.op == "output")
     train, evaluate = cast("tuple[Any, Any]", output.args[0])
