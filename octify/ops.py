@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octify import resample
+
 
 def take_channels(x: Tensor, index: Sequence[int], axis: int) -> Tensor:
     """The channels of a band out of a dense tensor: a view where they lie in one run, else a copy."""
@@ -76,4 +78,39 @@ def resize_bands(
     return (up if high.shape[1] else high.new_empty((high.shape[0], 0, *up.shape[2:]))), band
 
 
-WRAPPED = (take_channels, full_shape, halve, global_mean, global_max, resize_bands)
+def pad_bands(
+    high: Tensor, low: Tensor, pads: Sequence[int], mode: str = "constant", value: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`F.pad` of both bands on their last axes (negative amounts cut); D of the padded map where it is constant.
+
+    The low band's grid moves by half of the left padding: by an odd one, each new position lies between two old ones.
+    """
+    padded = _pad(high, pads, mode, value) if high.shape[1] else high.new_empty(_padded_shape(high, pads))
+    for axis in range(len(pads) // 2):
+        where = low.dim() - 1 - axis
+        left, wanted = pads[2 * axis], halve([padded.shape[where]])[0]
+        start = (left + 1) // 2
+        length = wanted + left % 2
+        low = _pad(low, [0, 0] * axis + [start, length - start - low.shape[where]], mode, value)
+        if left % 2:
+            low = (low.narrow(where, 0, wanted) + low.narrow(where, 1, wanted)) / 2
+    return padded, low
+
+
+def _padded_shape(x: Tensor, pads: Sequence[int]) -> list[int]:
+    shape = list(x.shape)
+    for axis in range(len(pads) // 2):
+        shape[-1 - axis] += pads[2 * axis] + pads[2 * axis + 1]
+    return shape
+
+
+def _pad(x: Tensor, pads: Sequence[int], mode: str, value: float) -> Tensor:
+    if mode == "constant":
+        return F.pad(x, list(pads), mode, value)
+    for axis in range(len(pads) // 2):
+        left, right = pads[2 * axis : 2 * axis + 2]
+        x = F.pad(x, [0, 0] * axis + [min(left, 0), min(right, 0)])
+    return resample.pad(x, mode, tuple(max(amount, 0) for amount in pads))
+
+
+WRAPPED = (take_channels, full_shape, halve, global_mean, global_max, resize_bands, pad_bands)

@@ -117,3 +117,18 @@ def _carrier(window: Window, high: Tensor) -> Tensor:
     """The size of the pooled map without channels."""
     probe = window(high.new_zeros((1, 1, *high.shape[2:])))
     return high.new_empty((high.shape[0], 0, *probe.shape[2:]))
+
+
+class Twin(nn.Module):
+    """One module a band, for what changes a map's size; a high band without channels only takes the new size."""
+
+    def __init__(self, high: nn.Module | None, low: nn.Module) -> None:
+        super().__init__()
+        self.high, self.low = high, low
+
+    def forward(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Both results."""
+        if self.high is not None:
+            return self.high(high), self.low(low)
+        probe = self.low(high.new_zeros((1, low.shape[1], *high.shape[2:])))
+        return high.new_empty((high.shape[0], 0, *probe.shape[2:])), self.low(low)

@@ -242,6 +242,10 @@ class Rule:
 
     kind: ClassVar[str] = "keeps"
 
+    def applies(self, op: Op) -> bool:
+        """Whether this use is one that the rule is about; if not, it is treated as an operation without a rule."""
+        return True
+
     def flow(self, op: Op, ties: Ties) -> Any:
         """Ties the channels of inputs and outputs and gives the output's map (or a tuple or list of maps).
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from octify.graph import input_nodes
+from octify.graph import input_nodes, value_of
 from octify.layout import Layout
-from octify.ops import full_shape, take_channels
+from octify.ops import full_shape, pad_bands, take_channels
 from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Plain, Rule, Ties, register
 
 
@@ -86,8 +86,6 @@ class Pieces(Rule):
         axis = op.concrete(2, "dim", 0) % len(source.shape)
         if source.channel[0] != axis or (self._drops_axis(op) and len(source.channel) < 2):
             raise Dense("it divides another axis than the channels")
-        from octify.graph import value_of  # noqa: PLC0415
-
         pieces: list[Map] = []
         start = 0
         for value in value_of(op.node):
@@ -128,20 +126,48 @@ class GetItem(Rule):
         if isinstance(source, (tuple, list)):
             return source[index]  # pyright: ignore
         chosen = self._channels(source, index)
+        if self._cuts(source, index) and op.too_small(op.shape[axis] for axis in source.spatial):
+            raise Dense("its map is less than twice min_size")
         return source.with_ids(chosen, op.shape)
 
-    def _channels(self, source: Map, index: Any) -> Ids:
+    def _parts(self, source: Map, index: Any) -> tuple[Any, ...]:
+        """One entry an axis."""
         parts = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in parts:
-            where = parts.index(Ellipsis)
-            parts = (*parts[:where], *(slice(None),) * (len(source.shape) - len(parts) + 1), *parts[where + 1 :])
+        missing = len(source.shape) - len(parts)
+        if any(part is Ellipsis for part in parts):
+            where = next(i for i, part in enumerate(parts) if part is Ellipsis)
+            return (*parts[:where], *(slice(None),) * (missing + 1), *parts[where + 1 :])
+        return (*parts, *(slice(None),) * missing)
+
+    def _channels(self, source: Map, index: Any) -> Ids:
+        parts = self._parts(source, index)
         if len(source.channel) != 1 or not all(isinstance(part, slice) for part in parts):
-            raise Dense("it slices more than channels")
-        whole = [part == slice(None) for part in parts]
+            raise Dense("it picks single positions")
         axis = source.channel[0]
-        if any(not full for position, full in enumerate(whole) if position != axis):
-            raise Dense("it slices more than channels")
-        return source.ids[parts[axis]] if axis < len(parts) else source.ids
+        self._cuts(source, index)
+        return source.ids[parts[axis]]
+
+    def _cuts(self, source: Map, index: Any) -> list[int]:
+        """What a slice cuts off the halved axes, as negative padding (last axis first); empty if nothing."""
+        pads: list[int] = []
+        for axis, part in reversed(list(enumerate(self._parts(source, index)))):
+            start, stop, step = part.indices(source.shape[axis])
+            whole = (start, stop, step) == (0, source.shape[axis], 1)
+            if axis in source.channel:
+                continue
+            if not whole and (axis not in source.spatial or step != 1 or not source.is_plain):
+                raise Dense("it slices more than channels")
+            if axis in source.spatial:
+                pads += [-start, self._end(part, source.shape[axis])]
+        return pads if any(pads) else []
+
+    def _end(self, part: slice, length: int) -> int:
+        """The cut at the end; one counted from the front would depend on the map's size."""
+        if part.stop is None or part.stop >= length:
+            return 0
+        if part.stop < 0:
+            return part.stop
+        raise Dense("it slices to a fixed position")
 
     def emit(self, op: Op, build: Build) -> Any:
         """The piece that was emitted, or a slice of the bands."""
@@ -151,6 +177,10 @@ class GetItem(Rule):
             return source[index]  # pyright: ignore
         found: Map = op.values[op.node.args[0]]  # pyright: ignore
         places = Map(found.shape, np.arange(found.ids.size), found.channel, found.spatial)
+        cuts = self._cuts(found, index)
+        if cuts:
+            node = build.function(pad_bands, source.high, source.low, tuple(cuts))
+            source = Bands(*build.pair(node), source.layout, found)
         return select(build, source, self._channels(places, index), op.values[op.node])
 
 
@@ -243,8 +273,6 @@ class Shape(Rule):
 
     def flow(self, op: Op, ties: Ties) -> Any:
         """A number or a shape, nothing with channels."""
-        from octify.graph import value_of  # noqa: PLC0415
-
         name = op.node.args[1] if op.node.op == "call_function" else ""
         if op.node.op == "call_function" and name not in ("shape", "ndim", "dtype", "device", "is_cuda"):
             raise Dense(f"its attribute {name} has no meaning on bands")
