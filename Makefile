@@ -14,7 +14,7 @@ setup: $(READY)
 # Done again only when pyproject.toml is newer than the last install.
 $(READY): pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
-		uv venv --allow-existing --quiet --python '>=3.10' $(VENV) && \
+		{ test -x $(VENV)/bin/python || uv venv --quiet --python '>=3.10' $(VENV); } && \
 		uv pip install --python $(VENV)/bin/python -e '.[$(EXTRAS)]'; \
 	else \
 		"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "octify needs Python 3.10 or newer, found %d.%d: make setup PYTHON=python3.12" % v[:2])' && \

@@ -242,13 +242,13 @@ def test_bombs_are_refused_quickly() -> None:
     merges = "\n".join(
         ["a0: &a0 {x: 1}"] + [f"a{n + 1}: &a{n + 1} {{<<: [{', '.join([f'*a{n}'] * 9)}]}}" for n in range(12)]
     )
-    start = time.perf_counter()
+    start = time.process_time()
     assert "aliases write out to more" in refusal(lists)
     assert "aliases write out to more" in refusal(merges)
     assert "nested more than" in refusal("a: " + "[" * 400_000)
     assert "nested more than" in refusal("a: " + "{a: " * 100_000)
     assert "values" in refusal("a: [" + "1, " * 60_000)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_a_pattern_that_matches_nothing_names_the_closest() -> None:
@@ -369,7 +369,7 @@ def test_recipes_differ_where_they_say_something_else() -> None:
 def test_hundreds_of_rules_by_name_are_found_quickly() -> None:
     paths = [f"blocks.{index}.conv" for index in range(2000)]
     found = Recipe.from_dict({"version": 1, "layers": [{"match": path, "alpha": 0.5} for path in paths]})
-    start = time.perf_counter()
+    start = time.process_time()
     found.check_matches([(path, "Conv2d") for path in paths])
     assert all(found.settings_for(path, "Conv2d").source == f"recipe: layers.{n}" for n, path in enumerate(paths))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
