@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1] / "octify"
 # From the bottom up; a module may import what stands in a line above its own. A package has one line for all its
 # modules, which may import each other; only the rules' families ("rules.*") may not.
 LEVELS = """\
-errors
+errors version
 layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
-recipe
-kernels resample bands graph modes ops
-routes pooling
-octbase compconv
+recipe origin
+kernels resample bands graph modes
+routes ops
+octbase compconv pooling
 octconv compweights
 transposed
 layers
@@ -28,9 +28,11 @@ rules.*
 rules
 plan
 rewrite check
+parts
 convert
 calibrate optimize
-checkpoint cost bench export
+tensors oracles
+checkpoint cost bench export verify
 report
 cli
 """.splitlines()
