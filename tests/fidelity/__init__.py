@@ -1,0 +1,1 @@
+"""The fidelity benchmark: how much of a trained network's accuracy each step of the conversion keeps."""
