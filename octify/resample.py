@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +38,11 @@ def average(x: Tensor, window: tuple[int, ...]) -> Tensor:
 
 def _halves_quickly(x: Tensor) -> bool:
     """Whether two sums of slices do: 2 to 5 times faster than `avg_pool2d` on a CPU where channels are not last."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (x.requires_grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or cast(Any, torch.jit).is_tracing()
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
         return False
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
