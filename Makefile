@@ -7,7 +7,7 @@ READY := $(VENV)/.octify-ready
 EXTRAS := dev,export
 TESTS ?=
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint paper clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ lint: setup
 # One thread per worker: two workers on two cores, and sums in the same order on every machine.
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) pytest -q -n 2 $(TESTS)
+
+# The paper's networks, the paper's cost beside octify's; written into the README as well.
+paper: setup
+	$(RUN) tests.paper_table
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
