@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from octify.check import check_graph
-from octify.errors import ConversionError, ModelError
+from octify.errors import ConversionError, ModelError, TraceError
 from octify.module import OctaveModule
+from octify.origin import Origin, set_origin
+from octify.parts import Parts, find_parts, plan_parts, rewrite_parts
 from octify.plan import Flows, Plan, make_plan
 from octify.recipe import Recipe, load_recipe
 from octify.rewrite import rewrite_graph
@@ -27,20 +29,39 @@ def convert(
     recipe: str | Recipe | None = None,
     example_inputs: Example = None,
     kernels: str | None = None,
-) -> OctaveModule:
+) -> nn.Module:
     """Turns a CNN into an octave CNN with the same weights, as far as octave convolutions can express them.
 
     `alpha` is the share of low channels (0.25 unless the recipe says otherwise), `recipe` a Recipe, a file or a
     built-in name, `example_inputs` a tensor, a tuple of tensors or a shape (the model's own default, else
     1x3x224x224), `kernels` "fold" for trained weights or "paper" for training from scratch. The source stays as it is.
+    The result is an OctaveModule (a GraphModule); of a model that does not trace as a whole (a detector), a copy whose
+    largest traceable submodules are OctaveModules.
 
     Raises:
         RecipeError, ModelError, TraceError, ConversionError: see their messages; also when nothing would change.
     """
     chosen = choose_recipe(recipe, alpha, kernels)
-    flows = read_flows(model, chosen, example_inputs)
-    decided = make_plan(flows)
-    return finish(flows, decided)
+    try:
+        flows = read_flows(model, chosen, example_inputs)
+    except TraceError as failure:
+        return _convert_parts(model, chosen, example_of(model, example_inputs), failure)
+    return finish(flows, make_plan(flows))
+
+
+def _convert_parts(model: nn.Module, recipe: Recipe, example: tuple[Any, ...], failure: TraceError) -> nn.Module:
+    parts = find_parts(model, example, recipe, failure)
+    recipe.check_matches([module for _, flows in parts for module in flows.modules], type(model).__name__)
+    return apply_parts(model, parts, plan_parts(model, parts), example)
+
+
+def apply_parts(model: nn.Module, parts: Parts, decided: Plan, example: tuple[Any, ...]) -> nn.Module:
+    """Rewrites the parts of a model that does not trace as a whole; the result carries its plan, recipe and origin."""
+    converted = rewrite_parts(model, parts, decided)
+    object.__setattr__(converted, "octify_plan", decided)
+    object.__setattr__(converted, "octify_recipe", parts[0][1].recipe)
+    set_origin(converted, Origin.of(model, example))
+    return converted
 
 
 def finish(flows: Flows, decided: Plan) -> OctaveModule:
@@ -50,9 +71,19 @@ def finish(flows: Flows, decided: Plan) -> OctaveModule:
         ConversionError: the plan changes nothing although the recipe asks for low channels.
     """
     refuse_nothing(flows, decided)
+    return apply_plan(flows, decided)
+
+
+def apply_plan(flows: Flows, decided: Plan) -> OctaveModule:
+    """Rewrites and checks; the result carries its plan, recipe and origin.
+
+    Raises:
+        CheckError: the rewritten graph breaks an invariant.
+    """
     converted = rewrite_graph(flows, decided)
     object.__setattr__(converted, "octify_plan", decided)
     object.__setattr__(converted, "octify_recipe", flows.recipe)
+    set_origin(converted, Origin.of(flows.trace.model, flows.trace.inputs))
     check_graph(converted, flows, decided)
     return converted
 
@@ -70,7 +101,11 @@ def plan(
     Raises:
         RecipeError, ModelError, TraceError: as `convert`.
     """
-    return make_plan(read_flows(model, choose_recipe(recipe, alpha, kernels), example_inputs))
+    chosen = choose_recipe(recipe, alpha, kernels)
+    try:
+        return make_plan(read_flows(model, chosen, example_inputs))
+    except TraceError as failure:
+        return plan_parts(model, find_parts(model, example_of(model, example_inputs), chosen, failure))
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -106,10 +141,9 @@ def read_flows(model: nn.Module, recipe: Recipe, example_inputs: Example = None)
         RecipeError: a pattern of the recipe matches nothing.
         TraceError: the model cannot be traced.
     """
-    trace = trace_model(model, example_of(model, example_inputs))
-    modules = {str(node.target): trace.module_of(node) for node in trace.nodes if node.op == "call_module"}
-    recipe.check_matches([(path, type(module).__name__) for path, module in modules.items()], type(model).__name__)
-    return Flows(trace, recipe)
+    flows = Flows(trace_model(model, example_of(model, example_inputs)), recipe)
+    recipe.check_matches(flows.modules, type(model).__name__)
+    return flows
 
 
 def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:

@@ -38,6 +38,24 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return structural_copy(model, to_meta)
 
 
+def slice_channels(module: nn.Module, index: tuple[int, ...], channels: int, attributes: tuple[str, ...]) -> nn.Module:
+    """A copy of a per-channel module for some of its channels."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        axis = next((axis for axis, size in enumerate(tensor.shape) if size == channels), None)
+        with torch.no_grad():
+            if axis is None:
+                part = tensor.detach().clone()
+            else:
+                part = tensor.detach().index_select(axis, torch.tensor(index, device=tensor.device))
+        return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+
+    copied = structural_copy(module, cut)
+    for name in attributes:
+        setattr(copied, name, len(index))
+    return copied
+
+
 def get_module(root: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path."""
     return root.get_submodule(path)

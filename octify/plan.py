@@ -136,8 +136,9 @@ class Flows:
     `values` holds a map (or a tuple of maps, or a plain value) per node: axes and channel classes, no choices.
     """
 
-    def __init__(self, trace: Trace, recipe: Recipe) -> None:
+    def __init__(self, trace: Trace, recipe: Recipe, prefix: str = "") -> None:
         self.trace = trace
+        self.prefix = prefix
         self.recipe = recipe
         self.values: dict[fx.Node, Any] = {}
         self.rules: dict[fx.Node, Rule | None] = {}
@@ -148,6 +149,12 @@ class Flows:
         self.classes = Classes()
         for node in trace.nodes:
             self.values[node] = self._value(node)
+
+    @property
+    def modules(self) -> list[tuple[str, str]]:
+        """Path and class name of every module that the recipe is asked about."""
+        called = {str(node.target): node for node in self.trace.nodes if node.op == "call_module"}
+        return [(f"{self.prefix}{path}", type(self.trace.module_of(node)).__name__) for path, node in called.items()]
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -162,6 +169,8 @@ class Flows:
         stem = self.recipe.defaults.stem == "dense" and settings.source == "default"
         op = Op(node, module, self.values, settings, stem)
         rule = rule_for(node, module)
+        if rule is not None and not rule.applies(op):
+            rule = None
         self.rules[node] = rule
         maps = op.maps
         if not maps and (rule is None or rule.kind != "chooses"):
@@ -201,7 +210,7 @@ class Flows:
                     self.classes.tie(first.ids, second.ids)
 
     def _settings(self, node: fx.Node, module: Any) -> Settings:
-        path = str(node.target) if module is not None else ""
+        path = f"{self.prefix}{node.target}" if module is not None else ""
         settings = self.recipe.settings_for(path, type(module).__name__ if module is not None else "")
         self.settings[node.name] = settings
         return settings

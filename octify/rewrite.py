@@ -180,7 +180,7 @@ class _Rewriter:
             for tensor in (*module._parameters.values(), *module._buffers.values())
         }
         # What belongs to replaced modules alone is not copied: it is dropped right below.
-        root = structural_copy(model, lambda tensor: tensor if id(tensor) in gone - kept else _clone(tensor))
+        root = structural_copy(model, lambda tensor: tensor if id(tensor) in gone - kept else clone_tensor(tensor))
         for path in homes - set(self.replaced):
             set_module(root, path, nn.Module().train(model.training))
         for path, module in self.replaced.items():
@@ -201,7 +201,8 @@ def _own_tensors(model: nn.Module, path: str) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _clone(tensor: Tensor) -> Tensor:
+def clone_tensor(tensor: Tensor) -> Tensor:
+    """A copy with memory of its own, a parameter if it was one."""
     cloned = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(cloned, tensor.requires_grad)

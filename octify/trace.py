@@ -45,18 +45,22 @@ class Trace:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def trace_model(model: nn.Module, example: tuple[Any, ...]) -> Trace:
+WAYS = ("symbolic", "free batch", "fixed")
+
+
+def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...] = WAYS) -> Trace:
     """Traces a model without touching it: symbolically if possible, else with the example's sizes baked in.
 
-    `example` holds the inputs (tensors on any device; only their shapes and types matter).
+    `example` holds the inputs (tensors on any device; only their shapes and types matter), `ways` which are tried.
 
     Raises:
         TraceError: no way of tracing works; the message says what each one met.
     """
     failures: list[str] = []
-    for how, tracer in (("symbolic", SymbolicTracer), ("free batch", FreeBatchTracer), ("fixed", FixedTracer)):
+    tracers = {"symbolic": SymbolicTracer, "free batch": FreeBatchTracer, "fixed": FixedTracer}
+    for how in ways:
         try:
-            return _trace_both_modes(model, example, how, tracer)
+            return _trace_both_modes(model, example, how, tracers[how])
         except Exception as error:  # noqa: BLE001 - a model's forward may raise anything under a tracer
             failures.append(f"{how}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     reasons = "\n  ".join(failures)

@@ -9,11 +9,10 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes
+from octify.graph import input_nodes, slice_channels
 from octify.ops import pad_bands
 from octify.pooling import Twin
 from octify.rules.base import Bands, Build, Dense, Map, Op, Rule, Ties, register
-from octify.rules.norm import slice_channels
 
 
 class Pad(Rule):

@@ -1,0 +1,133 @@
+"""Models that do not trace as a whole (detectors): their largest traceable submodules are converted, borders dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octify.check import check_graph
+from octify.errors import TraceError
+from octify.graph import set_module, sharing_copy, structural_copy
+from octify.plan import Flows, Plan, make_plan
+from octify.recipe import Recipe
+from octify.rewrite import clone_tensor, rewrite_graph
+from octify.trace import holds_convolution, trace_model
+
+Parts = Sequence[tuple[str, Flows]]
+
+
+def find_parts(model: nn.Module, example: tuple[Any, ...], recipe: Recipe, failure: TraceError) -> Parts:
+    """The largest submodules with convolutions that trace symbolically, with what flows in each.
+
+    The model runs once, in eval mode on random numbers, to see what its submodules are given.
+
+    Raises:
+        TraceError: the model cannot be run on the example, or no submodule traces.
+    """
+    inputs = _record_inputs(sharing_copy(model).eval(), example, failure)
+    parts = list(_walk(model, "", inputs, recipe))
+    if not parts:
+        raise TraceError(f"{failure}\n  parts: no submodule with convolutions can be traced either")
+    return parts
+
+
+def plan_parts(model: nn.Module, parts: Parts) -> Plan:
+    """One plan over all parts; operations are named `part:node`, targets by their full path."""
+    notes = ["converted part by part, the borders stay dense: " + ", ".join(path for path, _ in parts)]
+    ops = tuple(
+        replace(op, name=f"{path}:{op.name}", target=_full_path(op.type, path, op.target))
+        for path, flows in parts
+        for op in make_plan(flows).ops
+    )
+    return Plan(type(model).__name__, "parts", ops, tuple(notes))
+
+
+def part_of(plan: Plan, path: str) -> Plan:
+    """The plan of one part, as `make_plan` gives it."""
+    ops = tuple(
+        replace(op, name=op.name.removeprefix(f"{path}:"), target=op.target.removeprefix(f"{path}."))
+        for op in plan.ops
+        if op.name.startswith(f"{path}:")
+    )
+    return Plan(plan.model, "symbolic", ops)
+
+
+def rewrite_parts(model: nn.Module, parts: Parts, plan: Plan) -> nn.Module:
+    """A copy of the model with its parts converted."""
+    inside = {id(tensor) for path, _ in parts for tensor in _tensors(model.get_submodule(path))}
+    root = structural_copy(model, lambda tensor: tensor if id(tensor) in inside else clone_tensor(tensor))
+    for path, flows in parts:
+        decided = part_of(plan, path)
+        converted = rewrite_graph(flows, decided)
+        check_graph(converted, flows, decided)
+        set_module(root, path, converted)
+    return root
+
+
+def _full_path(kind: str, path: str, target: str) -> str:
+    return target if kind in ("function", "method") else f"{path}.{target}"
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _walk(module: nn.Module, path: str, inputs: dict[str, tuple[Tensor, ...]], recipe: Recipe) -> Iterator[tuple[str, Flows]]:
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if not holds_convolution(child):
+            continue
+        flows = _flows(child, inputs[where], recipe, where) if where in inputs else None
+        if flows is None:
+            yield from _walk(child, where, inputs, recipe)
+        elif make_plan(flows).converted:
+            yield where, Flows(flows.trace, recipe, prefix=f"{where}.")
+
+
+def _flows(module: nn.Module, example: tuple[Tensor, ...], recipe: Recipe, path: str) -> Flows | None:
+    try:
+        return Flows(trace_model(module, example, ways=("symbolic",)), recipe, prefix=f"{path}.")
+    except TraceError:
+        return None
+
+
+def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceError) -> dict[str, tuple[Tensor, ...]]:
+    """What every submodule is given first, if that is tensors alone."""
+    found: dict[str, tuple[Tensor, ...]] = {}
+
+    def hook(path: str) -> Any:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args and not kwargs and all(isinstance(value, Tensor) for value in args):
+                found.setdefault(path, tuple(value.detach().to("meta") for value in args))
+
+        return record
+
+    tensors = [tensor for tensor in model.parameters()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise TraceError(f"{failure}\n  parts: the model is on the meta device, and finding its parts takes a run")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    real = [torch.rand(value.shape, generator=generator, dtype=value.dtype).to(device) for value in example]
+    with torch.no_grad(), ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
+        _run(model, real, failure)
+    return found
+
+
+def _run(model: nn.Module, example: list[Tensor], failure: TraceError) -> None:
+    """Runs the model on the tensors, or on the first one's images as a list (detectors)."""
+    reasons: list[str] = []
+    for arguments in (tuple(example), (list(example[0]),)):
+        try:
+            model(*arguments)
+        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
+            reasons.append(f"{type(error).__name__}: {error}")
+        else:
+            return
+    raise TraceError(f"{failure}\n  parts: the model does not run on the example: {'; '.join(reasons)}")
