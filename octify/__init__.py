@@ -1,12 +1,14 @@
 """octify: turns any PyTorch CNN into an Octave-convolution CNN."""
 
+from octify.checkpoint import load, save
 from octify.convert import convert, plan, plan_of
 from octify.layers import Merge, OctConv1d, OctConv2d, OctConv3d, Split
 from octify.layout import Layout
 from octify.plan import Plan
 from octify.recipe import Recipe, load_recipe
+from octify.version import __version__
 
 __all__ = [
-    "Layout", "Merge", "OctConv1d", "OctConv2d", "OctConv3d", "Plan", "Recipe", "Split", "convert", "load_recipe",
-    "plan", "plan_of",
+    "Layout", "Merge", "OctConv1d", "OctConv2d", "OctConv3d", "Plan", "Recipe", "Split", "__version__", "convert",
+    "load", "load_recipe", "plan", "plan_of", "save",
 ]  # fmt: skip

@@ -23,8 +23,8 @@ MIB = 2**20
 class Cost:
     """What one image costs in eval mode.
 
-    `gmacs`: multiply-adds of convolutions and linear layers in 1e9. `activation_mib`: all maps that operations write, in
-    MiB of the model's dtype; a view or an in-place operation writes none. `parameters`: shared ones once.
+    `gmacs`: multiply-adds of convolutions and linear layers in 1e9. `activation_mib`: all maps that operations write,
+    in MiB of the model's dtype; a view or an in-place operation writes none. `parameters`: shared ones once.
     """
 
     parameters: int

@@ -1,0 +1,122 @@
+"""Every tensor of a module tree by name, in a form that a file can hold, and back into place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from octify.errors import CheckpointError
+
+Strides = dict[str, tuple[int, ...]]
+CONSTANT = "octify.constant."  # before the names of tensors that no state dict has
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, and behind it what computes but is in none: non-persistent buffers and plain attributes.
+
+    Raises:
+        CheckpointError: a module keeps something else than dense tensors in its state.
+    """
+    state: dict[str, Any] = model.state_dict()
+    found = {f"{'' if path in state else CONSTANT}{path}": tensor.detach() for path, tensor in _slots(model)}
+    odd = [name for name in state if name not in found]
+    odd += [name for name, tensor in found.items() if tensor.layout != torch.strided or tensor.is_quantized]
+    if odd:
+        raise CheckpointError(f"{odd[0]} is no dense tensor: a checkpoint holds tensors only")
+    return found
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The path of every place that holds a tensor, and the tensor; shared ones repeat."""
+    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False))
+    for prefix, module in modules:
+        dot = f"{prefix}." if prefix else ""
+        own = [*module.named_parameters("", False, False), *module.named_buffers("", False, False)]
+        own += [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
+        yield from ((dot + name, value) for name, value in own)
+
+
+def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Strides, dict[str, str]]:
+    """Tensors on the CPU in order, the strides of those that had another order, and who shares memory with whom."""
+    packed: dict[str, Tensor] = {}
+    strides: Strides = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in tensors.items():
+        key = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
+        owner = first.setdefault(key, name) if tensor.numel() else name
+        if owner != name:
+            aliases[name] = owner
+            continue
+        if _is_reordered(tensor):
+            strides[name] = tensor.stride()
+        # A clone, because two tensors may overlap in memory without being the same.
+        packed[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    return packed, strides, aliases
+
+
+def unpack(
+    packed: Mapping[str, Tensor], strides: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The inverse of `pack`; who shared memory shares it again.
+
+    All are copies: matrix products can differ in the last bit where memory is not aligned, as in a file's.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in packed.items():
+        stride = strides.get(name, tensor.stride())
+        tensors[name] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    return tensors | {name: tensors[owner] for name, owner in aliases.items()}
+
+
+def _is_reordered(tensor: Tensor) -> bool:
+    """Whether memory holds the elements without gaps, but in another order (channels-last)."""
+    if tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
+        return False
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), -tensor.shape[axis]))
+    return tensor.permute(order).is_contiguous()
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors in their places, with the type and memory format that they have.
+
+    Raises:
+        CheckpointError: a name or a shape does not fit the model.
+    """
+    wanted = shapes_of(model)
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} has no place" for name in tensors if name not in wanted]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if faults:
+        rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{'; '.join(faults[:3])}{rest}")
+    for name, tensor in tensors.items():
+        _put(model, name.removeprefix(CONSTANT), tensor)
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor by name."""
+    return {name: tensor.shape for name, tensor in named_tensors(model).items()}
+
+
+def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
+    prefix, _, name = path.rpartition(".")
+    owner = model.get_submodule(prefix)
+    value = getattr(owner, name)
+    if isinstance(value, nn.Parameter):
+        value.data = tensor  # the parameter stays the object that others share
+    else:
+        setattr(owner, name, tensor)
