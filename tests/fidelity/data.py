@@ -38,6 +38,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> Pictures:
+        return Pictures(self.images[:count], self.labels[:count])
+
     def batches(self, size: int = 64) -> list[Tensor]:
         """Normalized float batches (size, 3, SIZE, SIZE), without labels: what a calibration is given."""
         return [normalize(part) for part in self.images.split(size)]
@@ -49,7 +52,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def make_pictures(part: Part, count: int, seed: int = 0) -> Pictures:
-    """Draw `count` pictures of one set; picture i depends on (part, seed, i) only, so a longer set begins with a shorter."""
+    """Draw pictures of one set; picture i depends on (part, seed, i) only, so a longer set begins with a shorter."""
     images = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)
     for i in range(count):

@@ -99,7 +99,14 @@ class InvertedResidual(nn.Module):
 
 def inverted() -> nn.Module:
     """An EfficientNet of a quarter of B0's width, 3x3 and 5x5 depthwise kernels mixed."""
-    rows = ((12, 12, 1, 1, 3), (12, 20, 2, 3, 3), (20, 20, 1, 3, 5), (20, 40, 2, 4, 5), (40, 40, 1, 4, 3), (40, 64, 2, 4, 3))
+    rows = (
+        (12, 12, 1, 1, 3),
+        (12, 20, 2, 3, 3),
+        (20, 20, 1, 3, 5),
+        (20, 40, 2, 4, 5),
+        (40, 40, 1, 4, 3),
+        (40, 64, 2, 4, 3),
+    )
     blocks = [InvertedResidual(*row) for row in rows]
     last = [*conv_bn(64, 160, 1), nn.SiLU()]
     return nn.Sequential(*conv_bn(3, 12), nn.SiLU(), *blocks, *last, Classifier(160))
