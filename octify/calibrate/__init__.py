@@ -1,0 +1,1 @@
+"""Calibration: trained networks keep what they know, by images without labels."""

@@ -1,0 +1,219 @@
+"""Fitting: every layer's kernels by least squares to the dense network's outputs, in the order of execution.
+
+Both networks run side by side, node by node; each layer sees the inputs that it really has, so that it also repairs
+what came before. The fold is the prior.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from octify.calibrate.problems import Problem, problems_of
+from octify.calibrate.solve import STRENGTHS, Sums, choose
+from octify.calibrate.walk import Chunk, Walk
+from octify.layers import OctConv
+from octify.trace import Trace
+
+ROWS = 16_384  # rows a problem at least samples, if there are so many
+ROWS_PER_UNKNOWN = 8
+MAX_UNKNOWNS = 6_144  # a Gram matrix of 300 MB
+HELD_OUT = 5  # every fifth image chooses the ridge
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How well one band of one layer follows the dense network: mean squared errors as shares of the target's."""
+
+    layer: str
+    band: str
+    before: float
+    after: float
+    strength: float | None
+    note: str = ""
+
+
+def fit_kernels(
+    trace: Trace,
+    converted: fx.GraphModule,
+    chunks: Sequence[Chunk],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+    dense_too: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> list[Fitted]:
+    """Fits the layers of a converted network in place and says how each follows the dense one.
+
+    `dense_too` also fits the dense layers behind octave ones, which repairs what reaches them.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    source = Walk(trace.model, trace.graph, chunks)
+    octave = Walk(converted, converted.graph, chunks)
+    partner = _partners(trace, converted)
+    dense_nodes = iter(source.nodes)
+    fitted: list[Fitted] = []
+    changed: set[fx.Node] = set()
+    for node in octave.nodes:
+        if node in partner:
+            dense_output = _run_until(source, dense_nodes, partner[node])
+            module = converted.get_submodule(str(node.target))
+            touched = isinstance(module, OctConv) or any(reads in changed for reads in node.all_input_nodes)
+            first = all(before.target != node.target for before in octave.values)
+            if touched and first and (dense_too or isinstance(module, OctConv)):
+                if progress:
+                    progress(str(node.target))
+                fitted += _fit_layer(octave, node, module, dense_output, strengths, dice)
+            source.free(partner[node])
+        if _changes(converted, node) or any(reads in changed for reads in node.all_input_nodes):
+            changed.add(node)
+        octave.step(node)
+        octave.free(node)
+    return fitted
+
+
+def _changes(converted: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(converted.get_submodule(str(node.target)), OctConv)
+
+
+def _partners(trace: Trace, converted: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """The source's node of every layer that could be fitted: the same call of the same path."""
+    calls: dict[tuple[str, int], fx.Node] = {}
+    count: Counter[str] = Counter()
+    for node in trace.nodes:
+        if node.op == "call_module":
+            calls[str(node.target), count[str(node.target)]] = node
+            count[str(node.target)] += 1
+    pairs: dict[fx.Node, fx.Node] = {}
+    count = Counter()
+    for node in converted.graph.nodes:
+        if node.op != "call_module":
+            continue
+        key = str(node.target), count[str(node.target)]
+        count[str(node.target)] += 1
+        if key in calls and problems_kind(converted.get_submodule(str(node.target))):
+            pairs[node] = calls[key]
+    return pairs
+
+
+def problems_kind(module: nn.Module) -> bool:
+    """Whether a layer's kind can be fitted."""
+    return isinstance(module, OctConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def _run_until(source: Walk, nodes: Iterator[fx.Node], wanted: fx.Node) -> list[Any]:
+    """Runs the dense network up to a node, whose values stay."""
+    for node in nodes:
+        values = source.step(node)
+        if node is wanted:
+            return values
+        source.free(node)
+    raise AssertionError(f"{wanted} does not come in the order of execution")
+
+
+def _fit_layer(
+    octave: Walk,
+    node: fx.Node,
+    module: nn.Module,
+    targets: list[Tensor],
+    strengths: Sequence[float],
+    dice: torch.Generator,
+) -> list[Fitted]:
+    inputs = octave.arguments(node)
+    shifts = _shifts(octave.root, node)
+    found: list[Fitted] = []
+    for problem in problems_of(module):
+        shift = shifts.get(problem.band)
+        found.append(_fit(problem, shift, str(node.target), inputs, targets, strengths, dice))
+    return found
+
+
+def _fit(
+    problem: Problem,
+    shift: nn.Module | None,
+    name: str,
+    inputs: list[tuple[Any, ...]],
+    targets: list[Tensor],
+    strengths: Sequence[float],
+    dice: torch.Generator,
+) -> Fitted:
+    prior = problem.weight()
+    free = int(problem.bias is not None or shift is not None)
+    if prior.shape[1] > MAX_UNKNOWNS:
+        return Fitted(name, problem.band, 0.0, 0.0, None, f"{prior.shape[1]} unknowns: not fitted")
+    if free:
+        bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
+        prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
+    fit, held = _sums(problem, prior, free, inputs, targets, dice)
+    weight, strength = choose(fit, held, prior, free, strengths)
+    total = fit + held
+    _place(problem, shift, weight, free)
+    energy = max(total.energy, 1e-30)
+    return Fitted(name, problem.band, total.error(prior) / energy, total.error(weight) / energy, strength)
+
+
+def _sums(
+    problem: Problem,
+    prior: Tensor,
+    free: int,
+    inputs: list[tuple[Any, ...]],
+    targets: list[Tensor],
+    dice: torch.Generator,
+) -> tuple[Sums, Sums]:
+    """The sums over images that fit, and over those held out."""
+    images = sum(len(target) for target in targets)
+    rows = max(ROWS, ROWS_PER_UNKNOWN * prior.shape[1])
+    count = -(-rows // images)
+    both = [Sums.zeros(*prior.shape, prior.device) for _ in range(2)]
+    seen = 0
+    for given, target in zip(inputs, targets, strict=True):
+        sampled = problem.rows(given, target, count, dice)
+        x, y = sampled.x, sampled.y
+        if free:
+            x = torch.cat([x, x.new_ones(*x.shape[:3], 1)], 3)
+        held = torch.arange(seen, seen + len(target)) % HELD_OUT == HELD_OUT - 1
+        seen += len(target)
+        for part, chosen in zip(both, (~held, held), strict=True):
+            part.add(x[chosen].flatten(0, 1), y[chosen].flatten(0, 1))
+    return both[0], both[1]
+
+
+def _place(problem: Problem, shift: nn.Module | None, weight: Tensor, free: int) -> None:
+    if not free:
+        return problem.place(weight)
+    problem.place(weight[:, :-1])
+    bias = weight[:, -1].reshape(-1)
+    with torch.no_grad():
+        if problem.bias is not None:
+            problem.bias.copy_(bias.to(problem.bias.dtype))
+        elif shift is not None:
+            mean = cast(Tensor, shift.running_mean)
+            mean.sub_(bias.to(mean.dtype))
+    return None
+
+
+def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:
+    """The batch norms behind each band that can take a bias into their means."""
+    getitems = [user for user in node.users if user.op == "call_function" and user.name.startswith("getitem")]
+    if not getitems:
+        norm = _only_norm(root, node)
+        return {"high": norm} if norm is not None else {}
+    bands = {("high", "low")[cast(int, item.args[1])]: _only_norm(root, item) for item in getitems}
+    return {band: norm for band, norm in bands.items() if norm is not None}
+
+
+def _only_norm(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The batch norm that alone reads a value, if it has running means."""
+    readers = list(node.users)
+    if len(readers) != 1 or readers[0].op != "call_module":
+        return None
+    target = str(readers[0].target)
+    norm = root.get_submodule(target)
+    calls = sum(other.target == readers[0].target for other in node.graph.nodes)
+    is_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage]
+    return norm if is_norm and calls == 1 and norm.running_mean is not None else None
