@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -66,12 +66,15 @@ def _from_function(op: Op) -> Window:
     return Window("average", kernel, stride, padding, 1, ceil, include, op.concrete(6, "divisor_override"), dims=dims)
 
 
+Reduction = tuple[tuple[int, ...], bool]  # over which axes, and whether they are kept
+
+
 class GlobalPool(Rule):
     """The mean (or maximum) over the whole map, from both bands: each low position counts for those it stands for."""
 
     kind = "closes"
 
-    def __init__(self, function: Callable[..., Any], reduces: Callable[[Op, Map], bool | None]) -> None:
+    def __init__(self, function: Callable[..., Any], reduces: Callable[[Op, Map], Reduction | None]) -> None:
         self.function = function
         self.reduces = reduces
 
@@ -86,28 +89,32 @@ class GlobalPool(Rule):
     def emit(self, op: Op, build: Build) -> fx.Node:
         """One function over both bands."""
         source: Bands = build.value(input_nodes(op.node)[0])
-        keep = bool(self.reduces(op, source.map))
-        order, found = source.layout.order, source.map
-        return build.function(self.function, source.high, source.low, order, found.channel[0], found.spatial, keep)
+        found, order = source.map, source.layout.order
+        axes, keep = cast(Reduction, self.reduces(op, found))
+        time = len(axes) > len(found.spatial)
+        bands = source.high, source.low
+        node = build.function(self.function, *bands, order, found.channel[0], found.spatial, keep or time)
+        if not time:
+            return node
+        return build.function(torch.mean if self.function is global_mean else torch.amax, node, axes, keep)
 
 
-def _adaptive(op: Op, found: Map) -> bool | None:
+def _adaptive(op: Op, found: Map) -> Reduction | None:
     size = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
     sizes = set(size) if isinstance(size, (tuple, list)) else {size}  # pyright: ignore
-    whole = sizes == {1} and len(found.spatial) == len(found.shape) - 2 and found.is_plain
-    return True if whole else None
+    return (tuple(range(2, len(found.shape))), True) if sizes == {1} and found.is_plain else None
 
 
-def _over_axes(op: Op, found: Map) -> bool | None:
-    """Whether a reduction keeps its axes, if it is over the spatial axes and no others."""
+def _over_axes(op: Op, found: Map) -> Reduction | None:
+    """The axes, if they are the spatial ones and no others but time."""
     axes = op.concrete(1, "dim")
     if axes is None or "dtype" in op.node.kwargs:
         return None
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(found.shape)
-    if sorted(axis % rank for axis in axes) != sorted(found.spatial):
+    reduced = sorted(axis % rank for axis in ((axes,) if isinstance(axes, int) else axes))
+    if not set(found.spatial) <= set(reduced) or {0, *found.channel} & set(reduced):
         return None
-    return bool(op.concrete(2, "keepdim", False))
+    return tuple(reduced), bool(op.concrete(2, "keepdim", False))
 
 
 MAX_FUNCTIONS = (F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
