@@ -37,10 +37,11 @@ def by_definition(
     layout: Layout,
     out: Layout | None = None,
     spatial: int = 2,
-) -> tuple[Tensor, Tensor]:
-    """D of what an operation makes of U, for bands with channels at axis 1."""
-    dense = Merge(layout, spatial)(high, low)
-    return Split(out or layout, spatial)(op(dense))
+) -> tuple[Tensor, ...]:
+    """D of what an operation makes of U, for bands with channels at axis 1; one tensor if the result is dense."""
+    dense = high if layout.is_dense else Merge(layout, spatial)(high, low)
+    gives = out or layout
+    return (op(dense),) if gives.is_dense else Split(gives, spatial)(op(dense))
 
 
 def scramble(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ kernels resample bands graph modes
 routes ops
 octbase compconv pooling
 octconv compweights
-transposed
+transposed linear
 layers
 rules.base
 trace ties norms
