@@ -159,9 +159,12 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
         return (torch.empty_like(given, device="meta"),)
     if all(isinstance(size, int) for size in given) and len(given) >= 3:
         return (torch.empty(*given, device="meta", dtype=dtype),)  # pyright: ignore
-    if all(isinstance(value, Tensor) for value in given) and given:
-        return tuple(torch.empty_like(value, device="meta") for value in given)
-    raise ModelError(f"example_inputs is {given!r}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224")
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    if tensors and len(tensors) == len(given):
+        return tuple(torch.empty_like(value, device="meta") for value in tensors)
+    raise ModelError(
+        f"example_inputs is {given!r}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224"
+    )
 
 
 def _default_shapes(model: nn.Module) -> list[tuple[int, ...]]:

@@ -8,13 +8,29 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+
+_map_aggregate = cast(Callable[[Any, Callable[[Any], Any]], Any], map_aggregate)
+_map_arg = cast(Callable[[Any, Callable[[fx.Node], Any]], Any], map_arg)
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes."""
     for module in model.modules():
-        for store in (module._parameters, module._buffers, module.__dict__):
-            yield from (value for value in store.values() if isinstance(value, Tensor))
+        yield from own_tensors(module)
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules with their paths, the root's empty."""
+    walk = cast(Callable[[], Iterator[tuple[str, nn.Module]]], model.named_modules)
+    return list(walk())
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own parameters and buffers, its children's left out."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -71,7 +87,10 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
             child = nn.Module()
             owner.add_module(parent, child)
         owner = child
-    owner._modules[name] = module
+    if name in owner._modules:  # pyright: ignore[reportPrivateUsage] - keeps the child's place in the order
+        setattr(owner, name, module)
+    else:
+        owner.add_module(name, module)
 
 
 def get_attribute(root: nn.Module, path: str) -> Any:
@@ -107,10 +126,25 @@ def shape_of(value: object) -> tuple[int, ...] | None:
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
 
 
+def map_nodes(argument: object, change: Callable[[fx.Node], Any]) -> Any:
+    """An argument tree with `change(node)` in each node's place; fx's own collections."""
+    return _map_arg(argument, change)
+
+
+def map_leaves(argument: object, change: Callable[[Any], Any]) -> Any:
+    """An argument tree with `change(leaf)` in the place of everything that is no collection."""
+    return _map_aggregate(argument, change)
+
+
 def nodes_in(argument: object) -> list[fx.Node]:
     """All nodes of an argument tree, repeats kept (`all_input_nodes` drops them)."""
     found: list[fx.Node] = []
-    fx.node.map_arg(cast(Any, argument), lambda node: found.append(node) or node)
+
+    def see(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_nodes(argument, see)
     return found
 
 

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from octify.graph import map_nodes, set_module
+
 
 class ModeCall(nn.Module):
     """Calls a function whose boolean arguments say whether the module is training (`F.dropout(x, training=...)`)."""
@@ -53,7 +55,7 @@ def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[f
         if differing:
             flags[available[index]] = differing
     _use_mode_calls(train, flags, model)
-    wanted = fx.node.map_arg(_output(evaluate).args[0], lambda source: partner[source])
+    wanted = map_nodes(_output(evaluate).args[0], lambda source: partner[source])
     if _same(output.args[0], wanted):
         return train, False
     output.args = ((output.args[0], wanted),)  # pyright: ignore
@@ -71,8 +73,8 @@ def _same(first: object, second: object) -> bool:
 def _find(
     node: fx.Node, available: list[fx.Node], start: int, partner: dict[fx.Node, fx.Node]
 ) -> tuple[int, list[int | str]] | None:
-    args = cast("tuple[Any, ...]", fx.node.map_arg(node.args, lambda source: partner[source]))
-    kwargs = cast("dict[str, Any]", fx.node.map_arg(node.kwargs, lambda source: partner[source]))
+    args = cast("tuple[Any, ...]", map_nodes(node.args, lambda source: partner[source]))
+    kwargs = cast("dict[str, Any]", map_nodes(node.kwargs, lambda source: partner[source]))
     for index in range(start, len(available)):
         other = available[index]
         if other.op != node.op or other.target != node.target:
@@ -96,22 +98,26 @@ def _differing_flags(train: fx.Node, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _equal(first: Any, second: Any) -> bool:
-    if isinstance(first, fx.Node) or isinstance(second, fx.Node):
+    if isinstance(first, fx.Node) or isinstance(second, fx.Node) or isinstance(first, torch.Tensor):
         return first is second
-    if isinstance(first, (tuple, list)) and type(first) is type(second):  # pyright: ignore
-        return len(first) == len(second) and all(map(_equal, first, second))  # pyright: ignore
-    if isinstance(first, slice) and isinstance(second, slice):
-        return all(map(_equal, (first.start, first.stop, first.step), (second.start, second.stop, second.step)))
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        return first is second
-    return type(first) is type(second) and bool(first == second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, slice):
+        return _equal(_bounds(first), _bounds(second))
+    if isinstance(first, (tuple, list)):
+        pairs: list[tuple[Any, Any]] = list(zip(first, second, strict=False))  # pyright: ignore
+        return len(pairs) == len(second) == len(first) and all(_equal(a, b) for a, b in pairs)  # pyright: ignore
+    return bool(first == second)
+
+
+def _bounds(part: Any) -> tuple[Any, Any, Any]:
+    return part.start, part.stop, part.step
 
 
 def _use_mode_calls(graph: fx.Graph, flags: dict[fx.Node, list[int | str]], model: nn.Module) -> None:
     for count, (node, where) in enumerate(flags.items()):
         positions = tuple(index for index in where if isinstance(index, int))
         names = tuple(name for name in where if isinstance(name, str))
-        owner = model._modules.setdefault("octify_modes", nn.Module())
-        cast(nn.Module, owner).add_module(str(count), ModeCall(node.target, positions, names))
+        set_module(model, f"octify_modes.{count}", ModeCall(node.target, positions, names))
         node.op = "call_module"
         node.target = f"octify_modes.{count}"

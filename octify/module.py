@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from octify.graph import map_leaves
 from octify.trace import SymbolicTracer
 
 _SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
@@ -50,7 +51,8 @@ class OctaveModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OctaveModule:
         state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in _DERIVED}, memo)
-        return _restore(state, *self._graphs(), type(self).__name__)
+        graph, graphs = self._graphs()
+        return _restore(state, graph, graphs, type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name not in _DERIVED}
@@ -70,8 +72,9 @@ def _restore(
     """The inverse of taking an OctaveModule apart into its state and graphs."""
     root = nn.Module()
     root.__dict__.update(state)
-    modes = graphs and {mode: graph_from_data(data) for mode, data in graphs.items()}
-    module = OctaveModule(root, modes[root.training] if modes else graph_from_data(graph), class_name=class_name)
+    modes = {mode: graph_from_data(data) for mode, data in graphs.items()} if graphs else None
+    current: fx.Graph = modes[root.training] if modes else graph_from_data(graph)
+    module = OctaveModule(root, current, class_name=class_name)
     module.__dict__.update(state)
     object.__setattr__(module, "mode_graphs", modes)
     return module
@@ -88,7 +91,7 @@ def graph_to_data(graph: fx.Graph) -> list[Any]:
     """A graph as plain tuples, which pickle; the functions in it go by name."""
 
     def plain(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf)
+        return map_leaves(argument, lambda leaf: _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf)
 
     return [
         (node.name, node.op, node.target, _thaw(plain(node.args)), _thaw(plain(node.kwargs))) for node in graph.nodes
@@ -101,7 +104,7 @@ def graph_from_data(data: list[Any]) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
 
     def linked(argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
+        return map_leaves(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
 
     for name, op, target, args, kwargs in data:
         nodes[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)

@@ -13,8 +13,8 @@ from octify import resample
 
 def take_channels(x: Tensor, index: Sequence[int], axis: int) -> Tensor:
     """The channels of a band out of a dense tensor: a view where they lie in one run, else a copy."""
-    first, last = index[0] if index else 0, index[-1] if index else -1
-    if last - first + 1 == len(index) and all(b - a == 1 for a, b in zip(index, index[1:], strict=False)):
+    first = index[0] if index else 0
+    if tuple(index) == tuple(range(first, first + len(index))):
         return x.narrow(axis, first, len(index))
     return x.index_select(axis, torch.tensor(index, device=x.device))
 

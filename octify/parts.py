@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octify.check import check_graph
 from octify.errors import TraceError
-from octify.graph import set_module, sharing_copy, structural_copy
+from octify.graph import named_modules, set_module, sharing_copy, structural_copy
 from octify.plan import Flows, Plan, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
@@ -77,7 +77,9 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _walk(module: nn.Module, path: str, inputs: dict[str, tuple[Tensor, ...]], recipe: Recipe) -> Iterator[tuple[str, Flows]]:
+def _walk(
+    module: nn.Module, path: str, inputs: dict[str, tuple[Tensor, ...]], recipe: Recipe
+) -> Iterator[tuple[str, Flows]]:
     for name, child in module.named_children():
         where = f"{path}.{name}" if path else name
         if not holds_convolution(child):
@@ -107,14 +109,14 @@ def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceErr
 
         return record
 
-    tensors = [tensor for tensor in model.parameters()]
+    tensors = list(model.parameters())
     if any(tensor.is_meta for tensor in tensors):
         raise TraceError(f"{failure}\n  parts: the model is on the meta device, and finding its parts takes a run")
     device = tensors[0].device if tensors else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     real = [torch.rand(value.shape, generator=generator, dtype=value.dtype).to(device) for value in example]
     with torch.no_grad(), ExitStack() as stack:
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
         _run(model, real, failure)
     return found
@@ -126,7 +128,7 @@ def _run(model: nn.Module, example: list[Tensor], failure: TraceError) -> None:
     for arguments in (tuple(example), (list(example[0]),)):
         try:
             model(*arguments)
-        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything
+        except Exception as error:  # a model's forward may raise anything
             reasons.append(f"{type(error).__name__}: {error}")
         else:
             return

@@ -76,7 +76,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """A tree of plain values for JSON."""
-        return json.loads(json.dumps({**{k: v for k, v in asdict(self).items()}}))
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -85,10 +85,12 @@ class Plan:
         Raises:
             KeyError, TypeError: the tree is not a plan's.
         """
-        ops = tuple(
-            PlanOp(**{**op, "reads": tuple(op["reads"]), "gives": tuple(op["gives"]), "notes": tuple(op["notes"])})
-            for op in data["ops"]
-        )
+
+        def entry(op: dict[str, Any]) -> PlanOp:
+            lists = {name: tuple(op[name]) for name in ("reads", "gives", "notes")}
+            return PlanOp(**cast("dict[str, Any]", {**op, **lists}))
+
+        ops = tuple(entry(op) for op in data["ops"])
         return cls(data["model"], data["how"], ops, tuple(data["notes"]))
 
     def __str__(self) -> str:
@@ -219,7 +221,10 @@ class Flows:
         """The decision about one node, once the bits are chosen."""
         module = self.trace.module_of(node)
         rule = self.rules.get(node)
-        reads = [self._layout(found) for found in maps_in([self.values[source] for source in nodes_in((node.args, node.kwargs))])]
+        reads = [
+            self._layout(found)
+            for found in maps_in([self.values[source] for source in nodes_in((node.args, node.kwargs))])
+        ]
         gives = [self._layout(found) for found in maps_in(self.values[node])]
         has_maps = bool(reads or gives) or node in self.dense
         kind = "plain" if not has_maps else "opaque" if rule is None else rule.kind
@@ -276,4 +281,3 @@ def describe(node: fx.Node, module: object) -> str:
     if module is not None:
         return type(module).__name__
     return f"{'method ' if node.op == 'call_method' else 'function '}{_target(node)}"
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from octify.errors import ConversionError
 from octify.ops import halve
 
-_POOLS = {
+_POOLS: dict[str, tuple[Any, Any, Any]] = {
     "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
     "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from octify.graph import get_module, set_module, structural_copy
+from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_module, structural_copy
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
@@ -159,7 +159,7 @@ class _Rewriter:
 
     def rest(self, argument: Any) -> Any:
         """An argument with emitted nodes in the places of source nodes."""
-        return fx.node.map_arg(argument, self.dense)
+        return map_nodes(argument, self.dense)
 
     def options(self) -> dict[str, Any]:
         """What the plan says about how to emit."""
@@ -173,12 +173,8 @@ class _Rewriter:
         model: nn.Module = self.trace.model
         homes = {path.removesuffix(".high").removesuffix(".low") for path in self.replaced}
         gone = {id(tensor) for path in homes if _has_module(model, path) for tensor in _own_tensors(model, path)}
-        kept = {
-            id(tensor)
-            for path, module in model.named_modules()
-            if path not in homes and not any(path.startswith(f"{home}.") for home in homes)
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-        }
+        others = [module for path, module in named_modules(model) if not _within(path, homes)]
+        kept = {id(tensor) for module in others for tensor in own_tensors(module)}
         # What belongs to replaced modules alone is not copied: it is dropped right below.
         root = structural_copy(model, lambda tensor: tensor if id(tensor) in gone - kept else clone_tensor(tensor))
         for path in homes - set(self.replaced):
@@ -186,6 +182,12 @@ class _Rewriter:
         for path, module in self.replaced.items():
             set_module(root, path, module)
         return root
+
+
+def _within(path: str, homes: set[str]) -> bool:
+    """Whether a module is one of some modules or inside one."""
+    parts = path.split(".")
+    return any(".".join(parts[:depth]) in homes for depth in range(1, len(parts) + 1))
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

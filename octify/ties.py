@@ -81,36 +81,36 @@ class Classes:
 
     def write(self, ids: Ids) -> None:
         """Gives the operation's alpha a say in these channels."""
-        self.writers.append(_Writer(*self._now, ids.reshape(-1)))
+        self.writers.append(_Writer(*self._now, ids.ravel()))
 
     def pin(self, ids: Ids, why: str) -> None:
         """Says that existing channels must be high."""
-        self.pinned.update(dict.fromkeys(ids.reshape(-1).tolist(), why))
+        self.pinned.update(dict.fromkeys(ids.ravel().tolist(), why))
 
     def tie(self, first: Ids, second: Ids) -> None:
         """Makes two equally long sets the same, channel by channel."""
         if first is second:
             return
-        for a, b in zip(first.reshape(-1).tolist(), second.reshape(-1).tolist(), strict=True):
+        for a, b in zip(first.ravel().tolist(), second.ravel().tolist(), strict=True):
             root_a, root_b = self.find(a), self.find(b)
             if root_a != root_b:
                 self.parent[max(root_a, root_b)] = min(root_a, root_b)
 
     def balance(self, ids: Ids, groups: int) -> None:
         """Asks for equally many low channels in each group."""
-        self.balances.append((self._now[0], ids.reshape(-1), groups))
+        self.balances.append((self._now[0], ids.ravel(), groups))
 
     def read(self, ids: Ids) -> None:
         """A convolution reads these channels in any layout."""
-        self.reads.update(ids.reshape(-1).tolist())
+        self.reads.update(ids.ravel().tolist())
 
     def close(self, ids: Ids) -> None:
         """A pooling over the whole map reads these channels in any layout."""
-        self.closes.update(ids.reshape(-1).tolist())
+        self.closes.update(ids.ravel().tolist())
 
     def want_dense(self, ids: Ids) -> None:
         """A reader needs these channels as one dense map."""
-        self.wants.update(ids.reshape(-1).tolist())
+        self.wants.update(ids.ravel().tolist())
 
     def note(self, text: str) -> None:
         """A line about the operation at hand."""
@@ -168,7 +168,7 @@ class Classes:
     def _balance_bundles(self) -> None:
         owner = {member: bundle for bundle in self.bundles for member in bundle.members}
         for name, ids, groups in self.balances:
-            rows = self.roots[ids].reshape(groups, -1)
+            rows = np.reshape(self.roots[ids], (groups, -1))
             where: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
             for group, row in enumerate(rows.tolist()):
                 for root in dict.fromkeys(row):
@@ -227,7 +227,7 @@ class Classes:
 
     def layout(self, ids: Ids) -> Layout:
         """The layout of a value with these channels."""
-        return Layout.of(self.bits_of[self.roots[ids.reshape(-1)]].tolist())
+        return Layout.of(self.bits_of[self.roots[ids.ravel()]].tolist())
 
     def notes_of(self, name: str) -> list[str]:
         """The lines about one operation."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest.mock import patch
 
-import timm.layers
 import torch
+from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from octify.errors import TraceError
-from octify.graph import get_attribute, meta_copy, record_values, sharing_copy
+from octify.graph import get_attribute, map_nodes, meta_copy, record_values, sharing_copy
 from octify.modes import join_modes
 from octify.rules.base import rule_of_type
 
@@ -61,7 +61,7 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
     for how in ways:
         try:
             return _trace_both_modes(model, example, how, tracers[how])
-        except Exception as error:  # noqa: BLE001 - a model's forward may raise anything under a tracer
+        except Exception as error:  # a model's forward may raise anything under a tracer
             failures.append(f"{how}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     reasons = "\n  ".join(failures)
     raise TraceError(f"{type(model).__name__} cannot be traced as a whole.\n  {reasons}")
@@ -133,7 +133,7 @@ class SymbolicTracer(fx.Tracer):
     """torch.fx's tracer with octify's leaves: modules with a rule, PyTorch's own, and timm's without convolutions."""
 
     def __init__(self, skeleton: nn.Module | None = None, example: tuple[Any, ...] = ()) -> None:
-        functions = cast(Iterable[Callable[..., Any]], timm.layers.get_notrace_functions())
+        functions = cast(Iterable[Callable[..., Any]], get_notrace_functions())
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
         self.skeleton = skeleton
         self.example = example
@@ -142,7 +142,7 @@ class SymbolicTracer(fx.Tracer):
         """A leaf is kept as one call."""
         if rule_of_type(type(m)) is not None:
             return True
-        if type(m) in timm.layers.get_notrace_modules():
+        if type(m) in get_notrace_modules():
             return not holds_convolution(m)
         return super().is_leaf_module(m, module_qualified_name) and not holds_convolution(m)
 
@@ -173,7 +173,8 @@ class ShapedProxy(fx.Proxy):
     @property
     def device(self) -> torch.device:
         """Where the model is (its values are on meta, constants that it makes are not)."""
-        return next((tensor.device for tensor in self.tracer.root.parameters()), torch.device("cpu"))
+        root = cast(FixedTracer, self.tracer).root
+        return next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
 
     def dim(self) -> int:
         """The number of axes."""
@@ -195,7 +196,7 @@ class ShapedProxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self) -> Any:
-        return (self[index] for index in range(len(self.value)))
+        return iter([cast(Any, self)[index] for index in range(len(self.value))])
 
     def __bool__(self) -> bool:
         if isinstance(self.value, Tensor):
@@ -248,8 +249,8 @@ class FixedTracer(SymbolicTracer):
         if kind == "get_attr":
             with _untraced():
                 return _meta(get_attribute(self.root, target))
-        args = fx.node.map_arg(node.args, self._known)
-        kwargs = fx.node.map_arg(node.kwargs, self._known)
+        args = map_nodes(node.args, self._known)
+        kwargs = map_nodes(node.kwargs, self._known)
         with torch.no_grad(), _untraced():
             if kind == "call_module":
                 return cast(nn.Module, self.skeleton).get_submodule(target)(*args, **kwargs)  # pyright: ignore

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from octify.graph import shape_of, value_of
+from octify.graph import map_nodes, shape_of, value_of
 from octify.layout import Layout
 from octify.recipe import Settings
 
@@ -119,12 +119,12 @@ class Op:
     @property
     def args(self) -> tuple[Any, ...]:
         """The node's arguments with maps in the places of nodes."""
-        return fx.node.map_arg(self.node.args, self.value)  # pyright: ignore
+        return map_nodes(self.node.args, self.value)  # pyright: ignore
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The node's keyword arguments with maps in the places of nodes."""
-        return fx.node.map_arg(self.node.kwargs, self.value)  # pyright: ignore
+        return map_nodes(self.node.kwargs, self.value)  # pyright: ignore
 
     def value(self, node: fx.Node) -> Any:
         """A node's map, tuple of maps, or meta value where it is no map."""
@@ -139,7 +139,7 @@ class Op:
     def concrete(self, position: int, name: str, default: Any = None) -> Any:
         """An argument as it is at the example's size: nodes give their recorded values (numbers, shapes)."""
         raw = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name, default)
-        return fx.node.map_arg(raw, value_of)  # pyright: ignore
+        return map_nodes(raw, value_of)  # pyright: ignore
 
     @property
     def maps(self) -> list[Map]:
@@ -299,7 +299,7 @@ def rule_of_type(kind: type[nn.Module]) -> Rule | None:
         if cls in MODULES:
             changed = {name for name in overridden if name in dir(cls)} - _HARMLESS
             return None if changed else MODULES[cls]
-        overridden |= {name for name in vars(cls)}
+        overridden |= set(vars(cls))
     return None
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torchvision.ops
 from torch import fx, nn
 
 from octify.graph import input_nodes, value_of
 from octify.layout import Layout
 from octify.ops import full_shape, pad_bands, take_channels
-from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Plain, Rule, Ties, register
+from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Rule, Ties, register
 
 
 def select(build: Build, source: Bands, index: Ids, given: Map) -> Any:
     """Some of a value's channels, by position in its flattened order, in any order: bands, or the high band alone."""
-    layout = Layout.of(source.layout.bits[i] for i in index.tolist())
+    layout = Layout.of(source.layout.bits[int(i)] for i in index)
     where = np.asarray(source.layout.order)[index]
     axis = source.map.channel[0]
     bits = np.asarray(layout.bits, dtype=bool)
@@ -69,7 +70,9 @@ class Cat(Rule):
             bands = build.bands(node, given, part)
             high.append(bands.high)
             low.append(bands.low)
-        joined = [parts[0] if len(parts) == 1 else build.function(torch.cat, tuple(parts), axis) for parts in (high, low)]
+        joined = [
+            parts[0] if len(parts) == 1 else build.function(torch.cat, tuple(parts), axis) for parts in (high, low)
+        ]
         return Bands(joined[0], joined[1], layout, given)
 
 
@@ -126,13 +129,14 @@ class GetItem(Rule):
         if isinstance(source, (tuple, list)):
             return source[index]  # pyright: ignore
         chosen = self._channels(source, index)
-        if self._cuts(source, index) and op.too_small(op.shape[axis] for axis in source.spatial):
+        found = cast(Map, source)
+        if self._cuts(found, index) and op.too_small(op.shape[axis] for axis in found.spatial):
             raise Dense("its map is less than twice min_size")
         return source.with_ids(chosen, op.shape)
 
     def _parts(self, source: Map, index: Any) -> tuple[Any, ...]:
         """One entry an axis."""
-        parts = index if isinstance(index, tuple) else (index,)
+        parts = cast("tuple[Any, ...]", index if isinstance(index, tuple) else (index,))
         missing = len(source.shape) - len(parts)
         if any(part is Ellipsis for part in parts):
             where = next(i for i, part in enumerate(parts) if part is Ellipsis)
@@ -202,7 +206,7 @@ class View(Rule):
             raise Dense("it reshapes more than channels")
         shift = len(middle) - len(source.channel)
         spatial = tuple(axis + shift if axis > last else axis for axis in source.spatial)
-        return Map(shape, source.ids.reshape(middle), tuple(range(first, first + len(middle))), spatial)
+        return Map(shape, np.reshape(source.ids, middle), tuple(range(first, first + len(middle))), spatial)
 
     def emit(self, op: Op, build: Build) -> Bands:
         """Nothing moves: a band's channels are flattened in the same order."""
@@ -226,7 +230,7 @@ class Permute(Rule):
             raise Dense("it tears the channel axes apart")
         inner = [source.channel.index(order[position]) for position in channel]
         spatial = tuple(order.index(axis) for axis in source.spatial)
-        return Map(op.shape, source.ids.transpose(inner), channel, spatial)
+        return Map(op.shape, np.transpose(source.ids, inner), channel, spatial)
 
     def _order(self, op: Op, source: Map) -> list[int]:
         rank = len(source.shape)
@@ -253,9 +257,9 @@ class Permute(Rule):
         if flat != list(range(len(flat))):
             bands = [build.method("permute", band, *flat) for band in bands]
         moved = Bands(bands[0], bands[1], source.layout, given)
-        places = np.arange(source.map.ids.size).reshape(source.map.ids.shape)
+        places = np.reshape(np.arange(source.map.ids.size), source.map.ids.shape)
         inner = [source.map.channel.index(order[position]) for position in given.channel]
-        index = places.transpose(inner).reshape(-1)
+        index = np.transpose(places, inner).ravel()
         return select(build, moved, index, given)
 
 
@@ -296,6 +300,9 @@ register(Cat(), functions=(torch.cat, torch.concat, torch.concatenate))
 register(Pieces(), functions=(torch.chunk, torch.split, torch.unbind), methods=("chunk", "split"))
 register(GetItem(), functions=(operator.getitem,))
 register(View(), functions=(torch.reshape,), methods=("view", "reshape"))
-register(Permute(), functions=(torch.permute, torch.transpose), methods=("permute", "transpose"))
+register(
+    Permute(), modules=(torchvision.ops.Permute,), functions=(torch.permute, torch.transpose),
+    methods=("permute", "transpose"),
+)  # fmt: skip
 register(Shape(), functions=(getattr,), methods=("size", "dim", "ndimension"))
 register(View(), modules=(nn.Unflatten,))

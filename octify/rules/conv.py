@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -63,13 +64,13 @@ class Convolution(Rule):
 
     def changes(self, op: Op, reads: list[Layout], gives: list[Layout]) -> bool:
         """Whether the convolution changes; the paper pools before strided convolutions in dense stages too."""
-        settings, conv = op.settings, op.module
+        settings, conv = op.settings, cast(Any, op.module)
         if super().changes(op, reads, gives):
             return True
         source = op.argument(0, "input")
         stem = isinstance(source, Plain) and source.image and op.dense_stem
         pools = settings.kernels == "paper" and settings.downsample == "pool" and max(conv.stride[-2:]) > 1  # pyright: ignore
-        return pools and not stem and fits_paper(conv) is None  # pyright: ignore
+        return pools and not stem and fits_paper(conv) is None
 
     def options(self, op: Op, reads: list[Layout], gives: list[Layout]) -> tuple[dict[str, Any], list[str]]:
         """Which kernels are used; paper kernels fall back to folded ones where they do not fit."""
@@ -79,7 +80,7 @@ class Convolution(Rule):
             options["paths"] = list(settings.paths)
         notes: list[str] = []
         if settings.kernels == "paper":
-            misfit = fits_paper(op.module)
+            misfit = fits_paper(cast(nn.Module, op.module))
             if misfit:
                 options = {"kernels": "fold"}
                 notes.append(f"folded kernels: {misfit}")

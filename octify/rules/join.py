@@ -6,13 +6,14 @@ import math
 import operator
 from typing import Any
 
-import timm.layers as tl
+import timm.layers.activations as tl
 import torch
+from timm.layers.drop import DropPath
 from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from octify.graph import input_nodes
+from octify.graph import input_nodes, map_nodes
 from octify.layers import pool_low
 from octify.layout import Layout
 from octify.ops import take_channels
@@ -57,8 +58,8 @@ class Elementwise(Rule):
 
 def _call(op: Op, build: Build, operands: dict[fx.Node, Any]) -> fx.Node:
     node = op.node
-    args = fx.node.map_arg(node.args, lambda source: operands[source])
-    kwargs = fx.node.map_arg(node.kwargs, lambda source: operands[source])
+    args = map_nodes(node.args, lambda source: operands[source])
+    kwargs = map_nodes(node.kwargs, lambda source: operands[source])
     if node.op == "call_module":
         return build.module(build.source_module, *args, **kwargs)  # pyright: ignore
     if node.op == "call_method":
@@ -101,7 +102,9 @@ def _operand(op: Op, build: Build, node: fx.Node, like: Map, layout: Layout) -> 
     if role == "vector" and len(like.channel) > 1:
         dense = build.method("flatten", dense, first, first + len(like.channel) - 1)
     if role == "vector":
-        return tuple(build.function(take_channels, dense, index, first) for index in (layout.high_index, layout.low_index))  # type: ignore
+        return tuple(
+            build.function(take_channels, dense, index, first) for index in (layout.high_index, layout.low_index)
+        )  # type: ignore
     if like.channel != (1,) or missing:
         raise Dense("a spatial gate on a map with its axes in another order")
     return dense, build.function(pool_low, dense, len(like.spatial))
@@ -141,6 +144,9 @@ def _only_map(op: Op) -> Map:
     return found
 
 
+# Typed loosely: the standard library's own annotations of these are partly unknown.
+_operator: Any = operator
+
 ACTIVATION_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
     nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink,
@@ -149,18 +155,18 @@ ACTIVATION_MODULES = (
     tl.HardMish, tl.GELU, tl.GELUTanh, tl.QuickGELU,
 )  # fmt: skip
 
-ACTIVATION_FUNCTIONS = (
+ACTIVATION_FUNCTIONS: tuple[Any, ...] = (
     F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid,
     F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign, F.softshrink, F.hardshrink, F.tanhshrink, F.logsigmoid,
     F.threshold, F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.relu_, F.leaky_relu_, F.elu_,
     torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.sqrt, torch.rsqrt,
     torch.square, torch.clamp, torch.pow, torch.clone, torch.neg, torch.sign, torch.reciprocal, torch.log,
-    operator.neg, operator.pow, abs,
+    _operator.neg, _operator.pow, abs,
 )  # fmt: skip
 
-JOIN_FUNCTIONS = (
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.isub, operator.imul,
-    operator.itruediv, torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.divide,
+JOIN_FUNCTIONS: tuple[Any, ...] = (
+    _operator.add, _operator.sub, _operator.mul, _operator.truediv, _operator.iadd, _operator.isub, _operator.imul,
+    _operator.itruediv, torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.divide,
     torch.true_divide, torch.maximum, torch.minimum, torch.lerp, torch.addcmul,
 )  # fmt: skip
 
@@ -173,4 +179,4 @@ METHODS = (
 
 register(Elementwise(), modules=dict.fromkeys(ACTIVATION_MODULES))
 register(Elementwise(), functions=dict.fromkeys((*ACTIVATION_FUNCTIONS, *JOIN_FUNCTIONS)), methods=METHODS)
-register(DropSamples(), modules=(tl.DropPath, StochasticDepth))
+register(DropSamples(), modules=(DropPath, StochasticDepth))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import timm.layers as tl
+from timm.layers.blur_pool import BlurPool2d
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
@@ -119,4 +119,4 @@ _MODES: dict[type[nn.Module], str] = {
 
 register(Pad(), modules=_MODES, functions=(F.pad,))
 register(Same(), modules=(MaxPool2dSame, AvgPool2dSame))
-register(Blur(), modules=(tl.BlurPool2d,))
+register(Blur(), modules=(BlurPool2d,))
