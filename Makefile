@@ -6,8 +6,9 @@ RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.octify-ready
 EXTRAS := dev,export
 TESTS ?=
+ZOO ?=
 
-.PHONY: setup demo test lint paper clean
+.PHONY: setup demo test lint paper zoo clean
 
 setup: $(READY)
 
@@ -38,6 +39,10 @@ test: lint
 # The paper's networks, the paper's cost beside octify's; written into the README as well.
 paper: setup
 	$(RUN) tests.paper_table
+
+# Every network of torchvision and timm, one row each; rows that are there are kept (ZOO=--fresh measures all again).
+zoo: setup
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) tests.zoo.census $(ZOO)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,180 @@
+"""The census: every network of torchvision and timm through octify, one row each.
+
+`make zoo`, or `python -m tests.zoo.census --only 'timm:resne*' --fresh`. Rows that the file has already are kept, so
+that a run can be stopped and taken up again; --fresh measures them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import queue
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import timm.models
+import torchvision.models
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from octify.zoo import list_models
+from tests.zoo.row import COVERAGE, OTHERS, Row, read_rows, write_rows
+from tests.zoo.summary import write_summary
+
+SECONDS, GIB, LIFE = 240.0, 10, 60  # a network's bounds; networks in the life of a worker
+
+
+def family_of(name: str) -> str:
+    """The library's file that a network comes from."""
+    library, short = name.split(":")
+    models: Any = timm.models if library == "timm" else torchvision.models
+    entry = models.model_entrypoint(short) if library == "timm" else models.get_model_builder(short)
+    return entry.__module__.removeprefix("torchvision.models.").removeprefix("timm.models.")
+
+
+def in_turns(names: list[str]) -> list[str]:
+    """One network of every family, then the second of each: what fails shows early."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        families.setdefault((name.split(":")[0], family_of(name)), []).append(name)
+    return [name for turn in zip_longest(*families.values()) for name in turn if name is not None]
+
+
+class _Worker:
+    """A process that measures one network after another; a new one takes its place when it dies."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.process: subprocess.Popen[str] | None = None
+        self.served = 0
+
+    def measure(self, name: str) -> Row:
+        """The row of a network, or one that says which bound it met."""
+        if self.process is None or self.process.poll() is not None or self.served >= LIFE:
+            self._start()
+        process = cast("subprocess.Popen[str]", self.process)
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(self.seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        late = timer.finished.is_set() and not line
+        timer.cancel()
+        self.served += 1
+        if line:
+            return Row(**json.loads(line))
+        library, short = name.split(":")
+        row = Row(library, short, family_of(name))
+        row.say("census", f"more than {self.seconds:g} s" if late else "the worker died, most likely out of memory")
+        return row
+
+    def _start(self) -> None:
+        self.stop()
+        command = [sys.executable, "-m", "tests.zoo.census", "--worker"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.served = 0
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def _serve() -> None:
+    """Reads names, writes rows."""
+    import torch
+
+    from tests.zoo.measure import measure
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (GIB * 2**30, GIB * 2**30))
+    out = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        name = line.strip()
+        out.write(json.dumps(asdict(measure(name, family_of(name)))) + "\n")
+        out.flush()
+
+
+def _measured(names: list[str], workers: int, seconds: float) -> Iterator[Row]:
+    """Rows as they come."""
+    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Row] = queue.SimpleQueue()
+    for name in names:
+        todo.put(name)
+
+    def work() -> None:
+        worker = _Worker(seconds)
+        try:
+            while True:
+                done.put(worker.measure(todo.get_nowait()))
+        except queue.Empty:
+            worker.stop()
+
+    for _ in range(workers):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in names:
+        yield done.get()
+
+
+def main() -> None:
+    """Measures what is missing and writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", help="a glob over full names, such as 'timm:resne*'")
+    parser.add_argument("--names", help="a file of full names, one a line")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="a network's time bound")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        return _serve()
+    listed = Path(given.names).read_text().split() if given.names else list_models()
+    rows = {**read_rows(COVERAGE), **read_rows(OTHERS)}
+    wanted = [name for name in listed if fnmatch.fnmatchcase(name, given.only)]
+    names = in_turns([name for name in wanted if given.fresh or name not in rows])
+    _run(names, rows, given.workers, given.seconds)
+    write_summary(list(read_rows(COVERAGE).values()))
+    return None
+
+
+def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("census", total=len(names))
+        for index, row in enumerate(_measured(names, workers, seconds), 1):
+            rows[row.key] = row
+            progress.update(task, advance=1, description=row.key)
+            if index % 20 == 0 or index == len(names):
+                _save(rows)
+
+
+def _save(rows: dict[str, Row]) -> None:
+    """CNNs with all their columns; the others with their share of convolutions; what failed before that is a CNN's."""
+    cnn = [row for row in rows.values() if row.is_cnn or not row.convolution_share]
+    write_rows(COVERAGE, cnn)
+    write_rows(OTHERS, [row for row in rows.values() if row not in cnn])
+
+
+if __name__ == "__main__":
+    main()
