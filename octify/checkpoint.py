@@ -5,6 +5,7 @@ Nothing in a file is ever run: no pickle, and a network is built by name only if
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
@@ -18,10 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from octify.convert import apply_plan, plan_of, read_flows
+from octify.conversion import Conversion
+from octify.convert import plan_of
 from octify.errors import CheckpointError, ModelError, OctifyError
-from octify.graph import sharing_copy
-from octify.module import OctaveModule
 from octify.origin import Origin, dtype_name, dtype_of, origin_of, possible_sources, set_origin
 from octify.plan import Plan
 from octify.recipe import Recipe
@@ -123,7 +123,7 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{path}: the directory {path.absolute().parent} cannot be written to")
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> OctaveModule:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Builds a converted network from a checkpoint, on the CPU, with the outputs that it had when it was saved.
 
     `model` is the source network, with any weights; networks of torchvision and timm are built by name without it.
@@ -175,7 +175,7 @@ def _check_format(metadata: Mapping[str, str], path: object) -> None:
         )
 
 
-def rebuild(source: nn.Module, header: Header) -> OctaveModule:
+def rebuild(source: nn.Module, header: Header) -> nn.Module:
     """Converts a source by a checkpoint's plan, with the source's weights.
 
     Raises:
@@ -186,21 +186,20 @@ def rebuild(source: nn.Module, header: Header) -> OctaveModule:
     wanted = dtype_of(header.dtype)
     if given not in (None, wanted):
         source = _cast(source, wanted)
-    flows = read_flows(source, header.recipe, header.origin.example())
-    names = [node.name for node in flows.trace.nodes if node.op not in ("placeholder", "output", "get_attr")]
-    planned = [op.name for op in header.plan.ops]
+    reading = Conversion.read(source, header.recipe, header.origin.example())
+    names, planned = reading.names(), [op.name for op in header.plan.ops]
     if names != planned:
         first = next((pair for pair in zip(names, planned) if pair[0] != pair[1]), None)  # noqa: B905 - lengths differ
         detail = f"it computes {first[0]} where the plan has {first[1]}" if first else "their lengths differ"
         raise CheckpointError(f"{len(names)} operations against {len(planned)} in the plan; {detail}")
-    converted = apply_plan(flows, header.plan)
+    converted = reading.apply(header.plan)
     set_origin(converted, header.origin)
     return converted
 
 
 def _cast(source: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a model with another type of floating-point numbers."""
-    return sharing_copy(source).to(dtype)
+    return copy.deepcopy(source).to(dtype)
 
 
 def _build_source(header: Header, path: Path) -> nn.Module:
@@ -219,7 +218,7 @@ def _build_source(header: Header, path: Path) -> nn.Module:
 
 def _header_of(model: nn.Module, strides: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> Header:
     origin, recipe = origin_of(model), getattr(model, "octify_recipe", None)
-    if not isinstance(model, OctaveModule) or origin is None or not isinstance(recipe, Recipe):
+    if origin is None or not isinstance(recipe, Recipe):
         raise CheckpointError(f"{type(model).__name__} was not converted by octify: save it with torch or safetensors")
     dtype = origin.inputs[0][1] if origin.inputs else "float32"
     found = next((dtype_name(p.dtype) for p in model.parameters() if p.is_floating_point()), dtype)
@@ -234,7 +233,8 @@ def _find_source(model: nn.Module, header: Header) -> str | None:
     """The name under which a library builds the source, proven by converting that network again on meta."""
     for name in possible_sources(model, header.origin):
         try:
-            again = rebuild(build_model(name, device="meta"), header).train(model.training)
+            device = "cpu" if header.plan.how == "parts" else "meta"  # finding parts takes a run
+            again = rebuild(build_model(name, device=device), header).train(model.training)
         except OctifyError:
             continue
         if str(again) == str(model) and shapes_of(again) == shapes_of(model):

@@ -30,6 +30,7 @@ plan
 rewrite check
 parts
 convert
+conversion
 calibrate optimize
 tensors oracles
 checkpoint cost bench export verify
