@@ -1,0 +1,99 @@
+"""A network → its graph of primitive operations, passes over it, and the form that one backend runs best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from octify.convert import Example, convert, example_of
+from octify.errors import BackendError
+from octify.graph import meta_copy, record_values
+from octify.module import OctaveModule
+from octify.optimize import passes
+from octify.optimize.eager import lower_eager
+from octify.optimize.expand import expand_convs
+from octify.optimize.norms import fold_norms
+from octify.recipe import Recipe
+
+BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One graph pass, what it does to the graph, and whether it reads the nodes' shapes."""
+
+    name: str
+    run: Callable[[fx.GraphModule], int]
+    shapes: bool = False
+
+
+PASSES = (
+    Pass("batch norm into convolutions", fold_norms),
+    Pass("octave convolutions into their paths", expand_convs),
+    Pass("dropout and identities", passes.drop_idle),
+    Pass("one pooling for all readers", passes.share_pools),
+    Pass("residual sums into joins", passes.gather_sums, shapes=True),
+    Pass("activations into joins", passes.gather_acts),
+)
+
+
+class Optimized(fx.GraphModule):
+    """An inference form; `octify_passes` says how often each pass applied."""
+
+    octify_passes: dict[str, int]
+
+
+def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example = None) -> nn.Module:
+    """An inference form of a converted or dense network: the same outputs to 1e-5, in eval mode, no gradients.
+
+    `backend` is what will run it: "eager", "compile" (`torch.compile` is applied, its first call compiles),
+    "onnxruntime" or "openvino" (the graph that `octify.export` writes for them). `example_inputs` as in `convert`;
+    other sizes work, the example's is what the form is measured at. The given model stays as it is.
+
+    Raises:
+        BackendError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f'backend is "{backend}": expected one of {", ".join(BACKENDS)}')
+    example = example_of(model, example_inputs)
+    module = flatten(model, example)
+    if backend == "eager":
+        return _for_eager(module, example)
+    return module
+
+
+def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
+    """The graph of primitive operations after the passes that every backend gets; `example` on the meta device."""
+    source = model
+    if not isinstance(model, OctaveModule):
+        source = convert(model, recipe=Recipe.uniform(0.0), example_inputs=example)
+    copied = copy.deepcopy(source).eval().requires_grad_(False)
+    module = Optimized(copied, cast(fx.Graph, copied.graph), class_name=type(source).__name__)
+    counts: dict[str, int] = {}
+    for step in PASSES:
+        if step.shapes:
+            module.graph.lint()
+            record_values(meta_copy(module).eval(), module.graph, example)
+        counts[step.name] = step.run(module)
+    module.octify_passes = counts
+    return _finished(module)
+
+
+def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
+        module.octify_passes |= lower_eager(module, inputs)
+    return _finished(module)
+
+
+def _finished(module: Optimized) -> Optimized:
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module

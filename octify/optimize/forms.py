@@ -1,0 +1,84 @@
+"""Functions that appear as nodes in an optimised graph, in the form that any backend can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from octify.resample import up_to
+from octify.routes import Route, enter, leave
+
+
+def join(highs: Sequence[Tensor], lows: Sequence[Tensor], spatial: int = 2, act: str = "") -> Tensor:
+    """The sum of maps (N, C, H, W) and of upsampled maps (N, C, ⌈H/2⌉, ⌈W/2⌉), then an activation.
+
+    `lows` are upsampled as one sum. Without `highs`, `lows` is empty.
+    """
+    total = reduce(torch.add, highs)
+    if lows:
+        total = total + up_to(reduce(torch.add, lows), total.shape[-spatial:])
+    return ACTS[act](total) if act else total
+
+
+def hardtanh_six(x: Tensor) -> Tensor:
+    """ReLU6."""
+    return F.hardtanh(x, 0.0, 6.0)
+
+
+# Activations that a convolution's kernel can compute on its way out, as oneDNN and its PyTorch operators call them.
+ACTS: dict[str, Any] = {
+    "relu": F.relu,
+    "relu6": hardtanh_six,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+class Enter(nn.Module):
+    """What a path does to its map before the convolution."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """`size` is the high output's, on the halved axes."""
+        return enter(self.route, x, size)
+
+
+class Leave(nn.Module):
+    """What a path does to its map after the convolution."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.route = route
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """`size` is the high output's, on the halved axes."""
+        return leave(self.route, x, size)
+
+
+class OutSize(nn.Module):
+    """An octave convolution's output size on the halved axes, for its high input."""
+
+    def __init__(self, halved: Sequence[Any]) -> None:
+        super().__init__()
+        self.halved = tuple(halved)
+
+    def forward(self, high: Tensor) -> tuple[int, ...]:
+        """Of an input (N, C, H, W) or one that has its size."""
+        return tuple(
+            axis.out_size(size) for axis, size in zip(self.halved, high.shape[-len(self.halved) :], strict=True)
+        )
+
+
+def empty_high(low: Tensor, size: Sequence[int]) -> Tensor:
+    """A high band of no channels, which carries the size."""
+    return low.new_empty((low.shape[0], 0, *low.shape[2 : low.dim() - len(size)], *size))

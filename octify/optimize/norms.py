@@ -1,0 +1,95 @@
+"""Batch norm into the convolution before it: all four paths, both biases.
+
+Before: conv (OctConv or torch.nn) → bn.   After: conv with scaled rows and a bias.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from octify.graph import get_module, set_module
+from octify.layers import OctConv
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def fold_norms(module: fx.GraphModule) -> int:
+    """Folds every batch norm whose only source is a convolution; returns how many."""
+    calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+    folded = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_module" or calls[str(node.target)] > 1:
+            continue
+        norm = get_module(module, str(node.target))
+        if type(norm) not in (*PLAIN, *WITH_ACT) or cast(Any, norm).running_var is None:
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or not _fold(module, source, norm, calls):
+            continue
+        folded += 1
+        if type(norm) in WITH_ACT:
+            set_module(module, str(node.target), cast(nn.Module, norm.act))
+            continue
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+    return folded
+
+
+def _fold(module: fx.GraphModule, source: fx.Node, norm: nn.Module, calls: Counter[str]) -> bool:
+    """Folds into the node's convolution, if it is one; a band of an octave convolution is read by `getitem`."""
+    band = ""
+    if source.op == "call_function" and source.target is operator.getitem and isinstance(source.args[0], fx.Node):
+        band = "hl"[cast(int, source.args[1])] if source.args[1] in (0, 1) else "?"
+        source = source.args[0]
+    if source.op != "call_module" or calls[str(source.target)] > 1:
+        return False
+    conv: Any = get_module(module, str(source.target))
+    if isinstance(conv, OctConv):
+        band = band or ("h" if conv.out_layout.is_dense else "?")
+    elif type(conv) not in CONVS or band:
+        return False
+    if band == "?":
+        return False
+    scale, shift = scale_and_shift(norm)
+    names = ("weight", "bias") if not band else (f"weight_h{band}", f"weight_l{band}", f"bias_{band}")
+    _scale(conv, names, scale, shift)
+    return True
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """A batch norm in eval mode as `scale·x + shift`, (C,) each, in float64."""
+    held = cast(Any, norm)
+    deviation = (held.running_var.detach().double() + held.eps).sqrt()
+    ones = torch.ones_like(deviation)
+    scale = (ones if held.weight is None else held.weight.detach().double()) / deviation
+    shift = (0 * ones if held.bias is None else held.bias.detach().double()) - held.running_mean.double() * scale
+    return scale, shift
+
+
+def _scale(conv: nn.Module, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> None:
+    *weights, bias_name = names
+    like: Tensor | None = None
+    for name in weights:
+        weight: Tensor | None = getattr(conv, name)
+        if weight is None:
+            continue
+        like = weight
+        rows = scale.view(-1, *(1,) * (weight.dim() - 1))
+        setattr(conv, name, _parameter(weight.detach().double() * rows, weight))
+    assert like is not None, f"{type(conv).__name__} has a band without weights"
+    bias: Tensor | None = getattr(conv, bias_name)
+    total = shift if bias is None else bias.detach().double() * scale + shift
+    setattr(conv, bias_name, _parameter(total, like))
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype), requires_grad=False)

@@ -1,0 +1,130 @@
+"""Graph passes that every backend gets: each a function of the graph module that returns how often it applied."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.layers.activations import HardSwish, Sigmoid, Swish, Tanh
+from timm.layers.drop import DropPath
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from octify.graph import get_module, value_of
+from octify.optimize.forms import join
+from octify.resample import average, pool_low
+
+IDLE = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    DropPath, StochasticDepth,
+)  # fmt: skip
+ADDS: tuple[Any, ...] = (operator.add, cast(Any, operator).iadd, torch.add)
+MODULE_ACTS: dict[type, str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh", Swish: "silu", HardSwish: "hardswish", Sigmoid: "sigmoid", Tanh: "tanh",
+}  # fmt: skip
+FUNCTION_ACTS: dict[Callable[..., Any], str] = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
+    F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", torch.tanh: "tanh", F.tanh: "tanh",
+}  # fmt: skip
+METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
+
+
+def drop_idle(module: fx.GraphModule) -> int:
+    """Before: x → dropout (eval) → y.   After: x → y."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and type(get_module(module, str(node.target))) in IDLE and len(node.args) == 1:
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            module.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def share_pools(module: fx.GraphModule) -> int:
+    """Before: every octave convolution pools the high band that it reads.   After: one pooling for all its readers."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in (pool_low, average):
+            continue
+        kept = first.setdefault((node.target, *node.args), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            module.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def gather_sums(module: fx.GraphModule) -> int:
+    """Before: join(…) + residual.   After: join(…, residual): one pass over the map instead of two."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in ADDS or len(node.args) != 2 or node.kwargs:
+            continue
+        if not all(isinstance(term, fx.Node) and _shape(term) == _shape(node) for term in node.args):
+            continue
+        parts = [_parts(cast(fx.Node, term)) for term in node.args]
+        with module.graph.inserting_before(node):
+            highs = [high for part in parts for high in part[0]]
+            lows = [low for part in parts for low in part[1]]
+            spatial = max(part[2] for part in parts) or 2
+            joined = module.graph.call_function(join, (highs, lows, spatial))
+        joined.meta = dict(node.meta)
+        _take_over(node, joined)
+        count += 1
+    return count
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _parts(term: fx.Node) -> tuple[list[fx.Node], list[fx.Node], int]:
+    """A term's own terms where it is a sum that nobody else reads."""
+    if term.target is join and len(term.users) == 1 and len(term.args) < 4:
+        highs, lows, spatial = cast(Any, term.args)
+        return list(highs), list(lows), spatial
+    return [term], [], 0
+
+
+def _take_over(node: fx.Node, by: fx.Node) -> None:
+    sources = node.all_input_nodes
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.target is join:
+            source.graph.erase_node(source)
+
+
+def gather_acts(module: fx.GraphModule) -> int:
+    """Before: join(…) → relu.   After: join(…, act="relu")."""
+    count = 0
+    for node in list(module.graph.nodes):
+        name = act_of(module, node)
+        source = node.args[0] if node.args else None
+        if not name or not isinstance(source, fx.Node) or source.target is not join or len(source.users) > 1:
+            continue
+        if len(source.args) < 4:
+            source.args = (*source.args, name)
+            source.meta = dict(node.meta)
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def act_of(module: fx.GraphModule, node: fx.Node) -> str:
+    """The name in `forms.ACTS` of an activation's node, else nothing."""
+    if node.op == "call_module":
+        return MODULE_ACTS.get(type(get_module(module, str(node.target))), "")
+    extra = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if extra or len(node.all_input_nodes) != 1 or len(node.args) != 1:
+        return ""
+    if node.op == "call_function":
+        return FUNCTION_ACTS.get(cast(Any, node.target), "")
+    return METHOD_ACTS.get(str(node.target), "") if node.op == "call_method" else ""
