@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octify import resample
+from octify.resample import up_to
 
 
 def take_channels(x: Tensor, index: Sequence[int], axis: int) -> Tensor:
@@ -46,6 +48,13 @@ def global_mean(
     return _in_order(mean, order, axis, spatial, keepdim)
 
 
+def global_sum(
+    high: Tensor, low: Tensor, order: Sequence[int], axis: int, spatial: Sequence[int], keepdim: bool
+) -> Tensor:
+    """The sum over a split map's spatial axes, in the source's channel order."""
+    return global_mean(high, low, order, axis, spatial, keepdim) * math.prod(high.shape[where] for where in spatial)
+
+
 def global_max(
     high: Tensor, low: Tensor, order: Sequence[int], axis: int, spatial: Sequence[int], keepdim: bool
 ) -> Tensor:
@@ -57,6 +66,34 @@ def global_max(
 def _in_order(x: Tensor, order: Sequence[int], axis: int, spatial: Sequence[int], keepdim: bool) -> Tensor:
     x = take_channels(x, order, axis)
     return x if keepdim else x.squeeze(tuple(spatial))
+
+
+def over_channels(high: Tensor, low: Tensor, kind: str, axis: int, spatial: int, keepdim: bool) -> Tensor:
+    """The mean, sum or maximum over all channels at each position of the map that the bands stand for; dense."""
+    first, second = (band.movedim(axis, 1) for band in (high, low))
+    raised = up_to(_reduce(second, kind, 1), first.shape[first.dim() - spatial :])
+    reduced = raised
+    if first.shape[1]:
+        own = _reduce(first, kind, 1)
+        reduced = torch.maximum(own, raised) if kind == "amax" else own + raised
+    if kind == "mean":
+        reduced = reduced / (first.shape[1] + second.shape[1])
+    return reduced.movedim(1, axis) if keepdim else reduced.squeeze(1)
+
+
+def _reduce(x: Tensor, kind: str, axis: int) -> Tensor:
+    return x.amax(axis, keepdim=True) if kind == "amax" else x.sum(axis, keepdim=True)
+
+
+def over_parts(band: Tensor, kind: str, axis: int, parts: int, first: bool) -> Tensor:
+    """The mean, sum or maximum over equal parts of a band's channels: one behind the other, or interleaved."""
+    each = band.shape[axis] // parts
+    shape = (parts, each) if first else (each, parts)
+    apart = band.reshape(*band.shape[:axis], *shape, *band.shape[axis + 1 :])
+    where = axis if first else axis + 1
+    if kind == "amax":
+        return apart.amax(where)
+    return apart.mean(where) if kind == "mean" else apart.sum(where)
 
 
 def resize_bands(
@@ -113,4 +150,7 @@ def _pad(x: Tensor, pads: Sequence[int], mode: str, value: float) -> Tensor:
     return resample.pad(x, mode, tuple(max(amount, 0) for amount in pads))
 
 
-WRAPPED = (take_channels, full_shape, halve, global_mean, global_max, resize_bands, pad_bands)
+WRAPPED = (
+    take_channels, full_shape, halve, global_mean, global_sum, global_max, over_channels, over_parts, resize_bands,
+    pad_bands,
+)  # fmt: skip

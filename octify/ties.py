@@ -180,9 +180,14 @@ class Classes:
 
     def _balance(self, bundle: Bundle, where: dict[int, list[int]], groups: int, name: str) -> None:
         """Partitions a bundle so that every group of one grouped convolution gets equally many low channels."""
-        group = {root: index for index, members in where.items() for root in members}
         even = len(where) == groups and len({len(members) for members in where.values()}) == 1
-        covers = len(group) == len(bundle.members) == sum(map(len, where.values()))
+        # Groups that hold the same classes (the branches of a sum) are balanced whatever is chosen.
+        apart = {frozenset(members): members for members in where.values()}
+        if even and len(apart) == 1:
+            return None
+        group = {root: index for index, members in enumerate(apart.values()) for root in members}
+        groups = len(apart)
+        covers = len(group) == len(bundle.members) == sum(map(len, apart.values()))
         if not even or not covers:
             return self._leave(bundle, name, "its channels do not lie evenly in the groups")
         if bundle.groups == 1:

@@ -299,7 +299,10 @@ class Shape(Rule):
 register(Cat(), functions=(torch.cat, torch.concat, torch.concatenate))
 register(Pieces(), functions=(torch.chunk, torch.split, torch.unbind), methods=("chunk", "split"))
 register(GetItem(), functions=(operator.getitem,))
-register(View(), functions=(torch.reshape,), methods=("view", "reshape"))
+register(
+    View(), functions=(torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten), modules=(nn.Flatten,),
+    methods=("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"),
+)  # fmt: skip
 register(
     Permute(), modules=(torchvision.ops.Permute,), functions=(torch.permute, torch.transpose),
     methods=("permute", "transpose"),

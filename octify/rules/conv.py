@@ -25,6 +25,11 @@ class Convolution(Rule):
 
     kind = "chooses"
 
+    def applies(self, op: Op) -> bool:
+        """Not on a dense tensor of one channel that is no image: ECA's vectors, lambda layers' lattices."""
+        source = op.argument(0, "input")
+        return not (isinstance(source, Plain) and not source.image and op.module.in_channels == 1)  # pyright: ignore
+
     def flow(self, op: Op, ties: Ties) -> Map:
         """Reads any layout; gives new channels, those of its input if it is depthwise."""
         conv: Any = op.module

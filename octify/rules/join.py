@@ -174,7 +174,7 @@ METHODS = (
     "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "exp", "abs", "sqrt", "rsqrt", "square", "clamp",
     "clamp_", "clamp_min", "clamp_max", "pow", "clone", "neg", "contiguous", "detach", "float", "half", "bfloat16",
     "double", "to", "type_as", "type", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum",
-    "minimum", "hardsigmoid", "lerp", "reciprocal", "log", "requires_grad_",
+    "minimum", "expand_as", "hardsigmoid", "lerp", "reciprocal", "log", "requires_grad_",
 )  # fmt: skip
 
 register(Elementwise(), modules=dict.fromkeys(ACTIVATION_MODULES))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from octify.graph import input_nodes
-from octify.ops import global_max, global_mean
+from octify.ops import global_max, global_mean, global_sum, over_channels, over_parts
 from octify.pooling import OctPool, Window
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
 
@@ -96,7 +97,57 @@ class GlobalPool(Rule):
         node = build.function(self.function, *bands, order, found.channel[0], found.spatial, keep or time)
         if not time:
             return node
-        return build.function(torch.mean if self.function is global_mean else torch.amax, node, axes, keep)
+        further = {global_mean: torch.mean, global_sum: torch.sum, global_max: torch.amax}[self.function]
+        return build.function(further, node, axes, keep)
+
+
+class Reduce(GlobalPool):
+    """`mean`, `sum` and `amax` over the whole map, over all channels, or over one of several channel axes.
+
+    Over channels the result is dense: full resolution from U of the low band. Over one of several channel axes the
+    reduced channels share their bits, and the bands stay.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__({"mean": global_mean, "sum": global_sum, "amax": global_max}[kind], _over_axes)
+        self.over = kind
+
+    def flow(self, op: Op, ties: Ties) -> Any:
+        """A vector, a dense map of one channel, or a map of fewer channel axes."""
+        (found,) = op.maps
+        axes = _reduced_axes(op, found)
+        if axes is None or not set(axes) <= set(found.channel):
+            return super().flow(op, ties)
+        if axes == found.channel and found.channel in ((1,), (len(found.shape) - 1,)):
+            ties.close(found.ids)
+            return Plain(op.shape)
+        if axes not in ((found.channel[0],), (found.channel[-1],)) or len(found.channel) == 1:
+            raise Dense("it reduces a part of the channel axes")
+        return self._parts(op, ties, found, *axes)
+
+    def _parts(self, op: Op, ties: Ties, found: Map, axis: int) -> Map:
+        rows = np.moveaxis(found.ids, found.channel.index(axis), 0)
+        for row in rows[1:]:
+            ties.tie(rows[0], row)
+        if _keeps(op):
+            return found.with_ids(np.expand_dims(rows[0], found.channel.index(axis)), op.shape)
+        spatial = tuple(where - (where > axis) for where in found.spatial)
+        return Map(op.shape, rows[0], found.channel[:-1], spatial)
+
+    def emit(self, op: Op, build: Build) -> Any:
+        """One function over both bands, or one a band."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        found, given = source.map, op.values[op.node]
+        if isinstance(given, Map):
+            (axis,) = cast("tuple[int]", _reduced_axes(op, found))
+            rest = (self.over, found.channel[0], found.shape[axis], axis == found.channel[0])
+            high, low = (build.function(over_parts, band, *rest) for band in (source.high, source.low))
+            return Bands(high, low, build.layout(given), given)
+        if set(found.channel) != set(cast("tuple[int, ...]", _reduced_axes(op, found))):
+            return super().emit(op, build)
+        keep = _keeps(op)
+        rest = (self.over, found.channel[0], len(found.spatial), keep)
+        return build.function(over_channels, source.high, source.low, *rest)
 
 
 def _adaptive(op: Op, found: Map) -> Reduction | None:
@@ -107,14 +158,21 @@ def _adaptive(op: Op, found: Map) -> Reduction | None:
 
 def _over_axes(op: Op, found: Map) -> Reduction | None:
     """The axes, if they are the spatial ones and no others but time."""
-    axes = op.concrete(1, "dim")
+    reduced = _reduced_axes(op, found)
+    if reduced is None or not set(found.spatial) <= set(reduced) or {0, *found.channel} & set(reduced):
+        return None
+    return reduced, _keeps(op)
+
+
+def _keeps(op: Op) -> bool:
+    return bool(op.concrete(2, "keepdim", op.node.kwargs.get("keepdims", False)))
+
+
+def _reduced_axes(op: Op, found: Map) -> tuple[int, ...] | None:
+    axes = op.concrete(1, "dim", op.node.kwargs.get("axis"))
     if axes is None or "dtype" in op.node.kwargs:
         return None
-    rank = len(found.shape)
-    reduced = sorted(axis % rank for axis in ((axes,) if isinstance(axes, int) else axes))
-    if not set(found.spatial) <= set(reduced) or {0, *found.channel} & set(reduced):
-        return None
-    return tuple(reduced), bool(op.concrete(2, "keepdim", False))
+    return tuple(sorted(axis % len(found.shape) for axis in ((axes,) if isinstance(axes, int) else axes)))
 
 
 MAX_FUNCTIONS = (F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)
@@ -135,5 +193,6 @@ register(
     modules=(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     functions=dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)),
 )
-register(GlobalPool(global_mean, _over_axes), functions=(torch.mean,), methods=("mean",))
-register(GlobalPool(global_max, _over_axes), functions=(torch.amax,), methods=("amax",))
+register(Reduce("mean"), functions=(torch.mean,), methods=("mean",))
+register(Reduce("sum"), functions=(torch.sum,), methods=("sum",))
+register(Reduce("amax"), functions=(torch.amax,), methods=("amax",))
