@@ -6,9 +6,10 @@ from octify.layers import Merge, OctConv1d, OctConv2d, OctConv3d, Split
 from octify.layout import Layout
 from octify.plan import Plan
 from octify.recipe import Recipe, load_recipe
+from octify.rules.base import Bands, Rule, register
 from octify.version import __version__
 
 __all__ = [
-    "Layout", "Merge", "OctConv1d", "OctConv2d", "OctConv3d", "Plan", "Recipe", "Split", "__version__", "convert",
-    "load", "load_recipe", "plan", "plan_of", "save",
+    "Bands", "Layout", "Merge", "OctConv1d", "OctConv2d", "OctConv3d", "Plan", "Recipe", "Rule", "Split", "__version__",
+    "convert", "load", "load_recipe", "plan", "plan_of", "register", "save",
 ]  # fmt: skip
