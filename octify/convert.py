@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octify.calibrate.data import Batches, example_of_batches, take_batches
+from octify.calibrate.run import Calibration, Options
 from octify.check import check_graph
-from octify.errors import ConversionError, ModelError, TraceError
+from octify.errors import CalibrationError, ConversionError, ModelError, RecipeError, TraceError
+from octify.graph import paused_collection
 from octify.module import OctaveModule
+from octify.operators import check_operators, find_operator
 from octify.origin import Origin, set_origin
 from octify.parts import Parts, find_parts, plan_parts, rewrite_parts
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe, load_recipe
 from octify.rewrite import rewrite_graph
 from octify.trace import Trace, trace_model
@@ -29,19 +33,47 @@ def convert(
     recipe: str | Recipe | None = None,
     example_inputs: Example = None,
     kernels: str | None = None,
+    operator: str | None = None,
+    c0: int | None = None,
+    calibration: Batches | None = None,
+    target: float | None = None,
+    max_loss: float | None = None,
+    samples: int | None = 512,
+    choose: bool = True,
+    fit: bool = True,
+    statistics: bool | str = "auto",
+    distil: int = 0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Turns a CNN into an octave CNN with the same weights, as far as octave convolutions can express them.
 
     `alpha` is the share of low channels (0.25 unless the recipe says otherwise), `recipe` a Recipe, a file or a
     built-in name, `example_inputs` a tensor, a tuple of tensors or a shape (the model's own default, else
     1x3x224x224), `kernels` "fold" for trained weights or "paper" for training from scratch. The source stays as it is.
+    `operator` is what takes the convolutions' places: "octave", "compconv" (with its `c0`; kernels "spatial" or "all")
+    or a registered one.
     The result is an OctaveModule (a GraphModule); of a model that does not trace as a whole (a detector), a copy whose
     largest traceable submodules are OctaveModules.
 
+    `calibration` is images without labels (a tensor or batches, of which `samples` are used) by which the network keeps
+    what it knows: they say which channels go low (`choose`) and, for a `target` (multiply-adds against dense) or a
+    `max_loss` (squared error of the outputs, as a share of their variance), how many of which layer; they fit the
+    kernels (`fit`), judge batch norm's `statistics`, and are distilled on for `distil` steps. `octify_report` of the
+    result tells what each step did. The same images and `seed` give the same bytes.
+
     Raises:
         RecipeError, ModelError, TraceError, ConversionError: see their messages; also when nothing would change.
+        CalibrationError: the images cannot be used, or the target cannot be met.
     """
-    chosen = choose_recipe(recipe, alpha, kernels)
+    chosen = choose_recipe(recipe, alpha, kernels, operator, c0)
+    if calibration is not None:
+        options = Options(target, max_loss, samples, choose, fit, statistics, distil, seed, progress)
+        batches = take_batches(calibration, samples)
+        flows = read_flows(model, chosen, example_inputs if example_inputs is not None else example_of_batches(batches))
+        return Calibration(flows, batches, options).run(lambda found: finish(found, make_plan(found)))
+    if target is not None or max_loss is not None or distil:
+        raise CalibrationError("target, max_loss and distil need calibration images: pass calibration=")
     try:
         flows = read_flows(model, chosen, example_inputs)
     except TraceError as failure:
@@ -68,12 +100,13 @@ def finish(flows: Flows, decided: Plan) -> OctaveModule:
     """Rewrites and checks.
 
     Raises:
-        ConversionError: the plan changes nothing although the recipe asks for low channels.
+        ConversionError: the plan changes nothing although the recipe asks for a change.
     """
     refuse_nothing(flows, decided)
     return apply_plan(flows, decided)
 
 
+@paused_collection()
 def apply_plan(flows: Flows, decided: Plan) -> OctaveModule:
     """Rewrites and checks; the result carries its plan, recipe and origin.
 
@@ -95,13 +128,15 @@ def plan(
     recipe: str | Recipe | None = None,
     example_inputs: Example = None,
     kernels: str | None = None,
+    operator: str | None = None,
+    c0: int | None = None,
 ) -> Plan:
     """Decides what `convert` would do, without rewriting.
 
     Raises:
         RecipeError, ModelError, TraceError: as `convert`.
     """
-    chosen = choose_recipe(recipe, alpha, kernels)
+    chosen = choose_recipe(recipe, alpha, kernels, operator, c0)
     try:
         return make_plan(read_flows(model, chosen, example_inputs))
     except TraceError as failure:
@@ -120,20 +155,38 @@ def plan_of(model: nn.Module) -> Plan:
     return found
 
 
-def choose_recipe(recipe: str | Recipe | None, alpha: float | None, kernels: str | None) -> Recipe:
+def choose_recipe(
+    recipe: str | Recipe | None,
+    alpha: float | None,
+    kernels: str | None,
+    operator: str | None = None,
+    c0: int | None = None,
+) -> Recipe:
     """The recipe that the arguments of `convert` ask for.
 
     Raises:
-        RecipeError: alpha is out of range, or the recipe is not one, or takes no alpha.
+        RecipeError: alpha is out of range, or the recipe is not one, or takes no alpha; there is no such operator, or
+            it does not take these arguments.
     """
-    if recipe is None:
-        return Recipe.uniform(0.25 if alpha is None else alpha, kernels or "fold")
-    chosen = load_recipe(recipe, alpha) if not isinstance(recipe, Recipe) else recipe
-    if isinstance(recipe, Recipe) and alpha is not None:
-        chosen = recipe.with_alpha(alpha)
-    return chosen if kernels is None else chosen.with_defaults(kernels=kernels)
+    asked: dict[str, Any] = {"operator": operator, "kernels": kernels, "c0": c0}
+    said = {name: value for name, value in asked.items() if value is not None}
+    if recipe is not None:
+        chosen = load_recipe(recipe, alpha) if not isinstance(recipe, Recipe) else recipe
+        if isinstance(recipe, Recipe) and alpha is not None:
+            chosen = recipe.with_alpha(alpha)
+        chosen = chosen.with_defaults(**said) if said else chosen
+    elif find_operator(operator or "octave").bands:
+        usual = {"alpha": 0.25 if alpha is None else alpha, "kernels": "fold"}
+        chosen = Recipe.from_dict({"version": 1, "name": "uniform", "defaults": {**usual, **said}})
+    elif alpha is not None:
+        raise RecipeError(f"operator {operator} has no alpha, found {alpha:g}: leave it out")
+    else:
+        chosen = Recipe.from_dict({"version": 1, "name": operator, "defaults": said})
+    check_operators(chosen)
+    return chosen
 
 
+@paused_collection()
 def read_flows(model: nn.Module, recipe: Recipe, example_inputs: Example = None) -> Flows:
     """Traces the model and reads what flows where.
 
@@ -173,12 +226,12 @@ def _default_shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def refuse_nothing(flows: Flows, decided: Plan) -> None:
-    """Refuses a conversion that asks for low channels and changes nothing.
+    """Refuses a conversion that asks for a change and changes nothing.
 
     Raises:
         ConversionError: with the reasons and their counts.
     """
-    if decided.converted or not any(settings.alpha > 0 for settings in flows.settings.values()):
+    if decided.converted or not any(asks_for_change(settings) for settings in flows.settings.values()):
         return
     total = len(decided.convolutions)
     reasons = "\n".join(f"  {count:4d}  {reason}" for reason, count in decided.reasons().items())

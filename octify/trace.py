@@ -87,7 +87,8 @@ def _trace_mode(
 ) -> fx.Graph:
     """Traces a fresh shell (some modules cache what they see) and moves constants made in `forward` to `root`."""
     shell = sharing_copy(model).train(training)
-    graph = tracer(meta_copy(shell).eval(), ghosts).trace(shell, _defaults(model, len(ghosts)))
+    skeleton = meta_copy(shell).eval() if issubclass(tracer, FixedTracer) else None
+    graph = tracer(skeleton, ghosts).trace(shell, _defaults(model, len(ghosts)))
     _drop_unused_inputs(graph)
     for node in graph.nodes:
         if node.op != "get_attr" or hasattr(model, str(node.target).split(".", maxsplit=1)[0]):
