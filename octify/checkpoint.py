@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         CheckpointError: no checkpoint of octify's, a damaged, altered or newer one, or one of another model.
     """
     header, tensors = read_checkpoint(path)
-    source = _build_source(header, Path(path)) if model is None else model
+    source = build_source(header, Path(path)) if model is None else model
     try:
         converted = rebuild(source, header)
         load_tensors(converted, unpack(tensors, header.strides, header.aliases))
@@ -202,7 +202,12 @@ def _cast(source: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(source).to(dtype)
 
 
-def _build_source(header: Header, path: Path) -> nn.Module:
+def build_source(header: Header, path: Path) -> nn.Module:
+    """The network that a checkpoint was made from, with random weights.
+
+    Raises:
+        CheckpointError: no library has it under the name in the file.
+    """
     source = header.origin.source or ""
     if not source.startswith(("torchvision:", "timm:")):
         name = source or header.origin.kind

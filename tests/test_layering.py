@@ -22,19 +22,20 @@ octconv compweights
 transposed linear
 layers
 rules.base
-trace ties norms
+trace ties norms operators
 module
 rules.*
 rules
 plan
 rewrite check
-parts
+parts cost
+calibrate
 convert
 conversion
-calibrate optimize
+optimize
 tensors oracles
-checkpoint cost bench export verify
-report
+checkpoint bench export verify
+jobs report
 cli
 """.splitlines()
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
