@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from octify.errors import ConversionError
 from octify.graph import nodes_in, tensors_of, value_of
 from octify.layout import Layout
+from octify.operators import Operator, check_operators, find_operator, transfer_notes
 from octify.recipe import Recipe, Settings
 from octify.rules import rule_for
 from octify.rules.base import Dense, Map, Op, Plain, Rule, maps_in
@@ -30,7 +31,7 @@ class PlanOp:
     target: str
     type: str
     kind: str  # chooses, keeps, joins, splits, closes, opaque, plain
-    form: str  # octave, bands, dense
+    form: str  # an operator's name (octave, ...) of what changes, else bands or dense
     reads: tuple[str, ...]
     gives: tuple[str, ...]
     reason: str = ""
@@ -74,6 +75,15 @@ class Plan:
         """Why convolutions stay dense, with counts."""
         return dict(Counter(op.reason for op in self.convolutions if op.form == "dense").most_common())
 
+    @property
+    def headline(self) -> str:
+        """How many convolutions change into what, and what of the weights does not carry over."""
+        forms = Counter(op.form for op in self.converted)
+        what = " and ".join(f"{count} {form}" for form, count in forms.items()) if len(forms) > 1 else ""
+        what = f"changed, {what}" if what else next(iter(forms), "octave")
+        lost = "".join(f"; {note}" for note in transfer_notes(forms))
+        return f"{self.model}: {len(self.converted)} of {len(self.convolutions)} convolutions {what}{lost}"
+
     def to_dict(self) -> dict[str, Any]:
         """A tree of plain values for JSON."""
         return json.loads(json.dumps(asdict(self)))
@@ -94,7 +104,7 @@ class Plan:
         return cls(data["model"], data["how"], ops, tuple(data["notes"]))
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.converted)} of {len(self.convolutions)} convolutions octave"]
+        lines = [self.headline]
         lines += [f"  note: {note}" for note in self.notes]
         for op in self.ops:
             if op.kind == "plain":
@@ -125,11 +135,16 @@ def make_plan(flows: Flows, ranking: Ranking | None = None) -> Plan:
 
 
 def _refuse_unsupported(plan: Plan, flows: Flows) -> None:
-    asked = {op.name for op in plan.convolutions if flows.settings[op.name].alpha > 0}
+    asked = {op.name for op in plan.convolutions if asks_for_change(flows.settings[op.name])}
     left = [op for op in plan.convolutions if op.name in asked and op.form == "dense"]
     if left:
         lines = "\n  ".join(f"{op.target}: {op.reason}" for op in left[:10])
         raise ConversionError(f"on_unsupported is error, and {len(left)} convolutions stay dense:\n  {lines}")
+
+
+def asks_for_change(settings: Settings) -> bool:
+    """Whether a layer with these settings shall be anything but dense."""
+    return find_operator(settings.operator).asks(settings)
 
 
 class Flows:
@@ -145,10 +160,13 @@ class Flows:
         self.values: dict[fx.Node, Any] = {}
         self.rules: dict[fx.Node, Rule | None] = {}
         self.dense: dict[fx.Node, str] = {}
+        self.taken: dict[fx.Node, Operator] = {}  # by an operator on dense maps
+        self.refusals: dict[str, str] = {}
         self.settings: dict[str, Settings] = {}
         self.ops: dict[fx.Node, Op] = {}
         self.calls: dict[str, tuple[list[Map], list[Map]]] = {}
         self.classes = Classes()
+        check_operators(recipe)
         for node in trace.nodes:
             self.values[node] = self._value(node)
 
@@ -185,6 +203,9 @@ class Flows:
                 raise Dense("kept dense by the recipe")
             if rule is None:
                 raise Dense(f"no rule for {describe(node, module)}")
+            operator = find_operator(settings.operator)
+            if rule.kind == "chooses" and module is not None and not operator.bands:
+                return self._take(op, operator)
             value = rule.flow(op, self.classes)
         except Dense as refusal:
             self.dense[node] = str(refusal)
@@ -192,6 +213,17 @@ class Flows:
             return _plain(value_of(node))
         self._tie_calls(node, maps, maps_in(value))
         return value
+
+    def _take(self, op: Op, operator: Operator) -> Any:
+        """A layer for an operator on dense maps; all calls of one module go the way of the first."""
+        target = str(op.node.target)
+        if target not in self.refusals:
+            self.refusals[target] = operator.refuse(op)
+        if self.refusals[target]:
+            raise Dense(self.refusals[target])
+        self.taken[op.node] = operator
+        self._want_dense(op.maps)
+        return _plain(value_of(op.node))
 
     def _inputs(self, node: fx.Node) -> list[Any]:
         return [self.values[source] for source in node.all_input_nodes]
@@ -226,11 +258,13 @@ class Flows:
             for found in maps_in([self.values[source] for source in nodes_in((node.args, node.kwargs))])
         ]
         gives = [self._layout(found) for found in maps_in(self.values[node])]
-        has_maps = bool(reads or gives) or node in self.dense
+        has_maps = bool(reads or gives) or node in self.dense or node in self.taken
         kind = "plain" if not has_maps else "opaque" if rule is None else rule.kind
         form = self._form(node, rule, reads, gives)
         options: dict[str, Any] = {}
         notes = list(self.classes.notes_of(node.name)) if form != "dense" else []
+        if node in self.taken:
+            options = self.taken[node].options(self.ops[node], f"{self.prefix}{node.target}")
         if rule is not None and form == "octave":
             options, more = rule.options(self.ops[node], reads, gives)
             notes += more
@@ -252,6 +286,8 @@ class Flows:
         )
 
     def _form(self, node: fx.Node, rule: Rule | None, reads: list[Layout], gives: list[Layout]) -> str:
+        if node in self.taken:
+            return self.taken[node].name
         if rule is None or node in self.dense or node not in self.ops or not self.classes.splits:
             return "dense"
         if not rule.changes(self.ops[node], reads, gives):

@@ -13,6 +13,7 @@ from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
+from octify.operators import find_operator
 from octify.plan import Flows, Plan, PlanOp
 from octify.rules.base import Bands, Map
 from octify.trace import SymbolicTracer
@@ -52,9 +53,18 @@ class _Rewriter:
     def _emit(self, node: fx.Node) -> Any:
         if self.op is None or self.op.form == "dense":
             return self._copy(node)
+        if node in self.flows.taken:
+            return self._operate(node, self.op)
         rule = self.flows.rules[node]
         assert rule is not None, f"the plan gives {node} the form {self.op.form}, but no rule is registered for it"
         return rule.emit(self.flows.ops[node], self)
+
+    def _operate(self, node: fx.Node, op: PlanOp) -> fx.Node:
+        """A layer of an operator on dense maps, in the place of the source's."""
+        operator, module = find_operator(op.form), self.flows.ops[node].module
+        assert module is not None
+        args, kwargs = self.rest(node.args), self.rest(node.kwargs)
+        return self.module(lambda: operator.make(module, **op.options), *args, **kwargs)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         copied = self.graph.node_copy(node, self.dense)
