@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -60,15 +60,16 @@ _SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, 
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = cast(Any, type(value))
     if isinstance(value, _SIMPLE):
         return value
-    if type(value) in (OrderedDict, set) and not value:  # a dozen a module: hooks
-        return type(value)()
-    if type(value) is dict:
+    if kind in (OrderedDict, set) and not value:  # a dozen a module: hooks
+        return kind()
+    if kind is dict:
         entries = cast("dict[Any, Any]", value).items()
         return {key: memo[id(item)] if id(item) in memo else _copy_value(item, memo) for key, item in entries}
-    if type(value) is tuple and all(isinstance(item, _SIMPLE) for item in cast("tuple[Any, ...]", value)):
-        return cast("tuple[Any, ...]", value)
+    if kind is tuple and all(isinstance(item, _SIMPLE) for item in cast("tuple[Any, ...]", value)):
+        return value
     return copy.deepcopy(value, memo)
 
 
@@ -106,7 +107,7 @@ def slice_channels(module: nn.Module, index: tuple[int, ...], channels: int, att
 
 
 @contextmanager
-def paused_collection() -> Iterator[None]:
+def paused_collection() -> Generator[None]:
     """Without Python's cyclic garbage collection: graphs are many small objects, and it would walk them over and over.
 
     (Measured: it takes two thirds of the time to trace a ResNet-152.)

@@ -128,6 +128,8 @@ def _reason_for_dense(op: Op, source: Map | Plain, shape: tuple[int, ...], spati
         return _small(size)
     if isinstance(source, Plain) and source.image and op.dense_stem:
         return "the first convolution on the image"
+    if isinstance(source, Plain) and _is_depthwise(op.module):
+        return "depthwise on a dense map: it has no cross paths to split it with"
     return ""
 
 
