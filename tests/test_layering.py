@@ -33,7 +33,7 @@ calibrate
 convert
 conversion
 optimize
-tensors oracles
+tensors oracles plan_recipe
 checkpoint bench export verify
 jobs report
 cli
