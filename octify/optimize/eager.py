@@ -98,7 +98,7 @@ class _Lowering:
     def _join(self, node: fx.Node) -> None:
         highs, lows, spatial = (cast(Any, entry) for entry in node.args[:3])
         act = cast(str, node.args[3]) if len(node.args) > 3 else ""
-        last = next((term for term in highs if self._is_mine(term, node)), None)
+        last = next((term for term in reversed(highs) if self._is_mine(term, node)), None)
         if last is None or (len(highs) == 1 and not _keeps_size(self.convs[last])):
             return
         rest = [term for term in highs if term is not last]

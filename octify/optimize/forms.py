@@ -17,11 +17,14 @@ from octify.routes import Route, enter, leave
 def join(highs: Sequence[Tensor], lows: Sequence[Tensor], spatial: int = 2, act: str = "") -> Tensor:
     """The sum of maps (N, C, H, W) and of upsampled maps (N, C, ⌈H/2⌉, ⌈W/2⌉), then an activation.
 
-    `lows` are upsampled as one sum. Without `highs`, `lows` is empty.
+    `lows` are upsampled as one sum. The last of `highs`, a convolution where one is there, is added last: so runtimes
+    add and activate inside that convolution.
     """
-    total = reduce(torch.add, highs)
+    *first, last = highs
+    terms = list(first)
     if lows:
-        total = total + up_to(reduce(torch.add, lows), total.shape[-spatial:])
+        terms.append(up_to(reduce(torch.add, lows), last.shape[-spatial:]))
+    total = reduce(torch.add, [*terms, last])
     return ACTS[act](total) if act else total
 
 

@@ -21,6 +21,7 @@ IDLE = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     DropPath, StochasticDepth,
 )  # fmt: skip
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADDS: tuple[Any, ...] = (operator.add, cast(Any, operator).iadd, torch.add)
 MODULE_ACTS: dict[type, str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid",
@@ -60,7 +61,7 @@ def share_pools(module: fx.GraphModule) -> int:
 
 
 def gather_sums(module: fx.GraphModule) -> int:
-    """Before: join(…) + residual.   After: join(…, residual): one pass over the map instead of two."""
+    """Before: join(…) + residual.   After: join(residual, …), one pass over the map, convolutions last."""
     count = 0
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in ADDS or len(node.args) != 2 or node.kwargs:
@@ -69,7 +70,7 @@ def gather_sums(module: fx.GraphModule) -> int:
             continue
         parts = [_parts(cast(fx.Node, term)) for term in node.args]
         with module.graph.inserting_before(node):
-            highs = [high for part in parts for high in part[0]]
+            highs = sorted((high for part in parts for high in part[0]), key=lambda high: _is_conv(module, high))
             lows = [low for part in parts for low in part[1]]
             spatial = max(part[2] for part in parts) or 2
             joined = module.graph.call_function(join, (highs, lows, spatial))
@@ -77,6 +78,10 @@ def gather_sums(module: fx.GraphModule) -> int:
         _take_over(node, joined)
         count += 1
     return count
+
+
+def _is_conv(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(get_module(module, str(node.target)), CONVS)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
