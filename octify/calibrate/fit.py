@@ -14,10 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from octify.calibrate.problems import Problem, problems_of
+from octify.calibrate.problems import Problem, can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS, Sums, choose
-from octify.calibrate.walk import Chunk, Walk
-from octify.layers import OctConv
+from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
+from octify.errors import CalibrationError
+from octify.layers import OctConv, Split
+from octify.module import OctaveModule
 from octify.trace import Trace
 
 ROWS = 16_384  # rows a problem at least samples, if there are so many
@@ -38,54 +40,67 @@ class Fitted:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a fit did, and what both networks give, chunk by chunk, once it is done."""
+
+    layers: list[Fitted]
+    dense: list[Any]
+    octave: list[Any]
+
+
 def fit_kernels(
     trace: Trace,
-    converted: fx.GraphModule,
+    converted: OctaveModule,
     chunks: Sequence[Chunk],
     *,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     dense_too: bool = True,
     progress: Callable[[str], None] | None = None,
-) -> list[Fitted]:
-    """Fits the layers of a converted network in place and says how each follows the dense one.
+) -> Fit:
+    """Fits the layers of a converted network in place; both networks must be in eval mode.
 
     `dense_too` also fits the dense layers behind octave ones, which repairs what reaches them.
+
+    Raises:
+        CalibrationError: a layer's activations are not finite.
     """
     dice = torch.Generator().manual_seed(seed)
-    source = Walk(trace.model, trace.graph, chunks)
-    octave = Walk(converted, converted.graph, chunks)
-    partner = _partners(trace, converted)
+    source, octave = walk_dense(trace, chunks), walk_octave(converted, chunks)
+    partner = pair_layers(source.nodes, converted)
     dense_nodes = iter(source.nodes)
     fitted: list[Fitted] = []
     changed: set[fx.Node] = set()
+    done: set[str] = set()
     for node in octave.nodes:
+        altered = any(reads in changed for reads in node.all_input_nodes)
         if node in partner:
-            dense_output = _run_until(source, dense_nodes, partner[node])
-            module = converted.get_submodule(str(node.target))
-            touched = isinstance(module, OctConv) or any(reads in changed for reads in node.all_input_nodes)
-            first = all(before.target != node.target for before in octave.values)
-            if touched and first and (dense_too or isinstance(module, OctConv)):
+            name, module = str(node.target), converted.get_submodule(str(node.target))
+            outputs = _run_until(source, dense_nodes, partner[node])
+            # A module called again keeps what its first call was fitted to.
+            if name not in done and (isinstance(module, OctConv) or (altered and dense_too)):
+                done.add(name)
+                fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
                 if progress:
-                    progress(str(node.target))
-                fitted += _fit_layer(octave, node, module, dense_output, strengths, dice)
+                    progress(name)
             source.free(partner[node])
-        if _changes(converted, node) or any(reads in changed for reads in node.all_input_nodes):
+        if altered or _is_octave(converted, node):
             changed.add(node)
         octave.step(node)
         octave.free(node)
-    return fitted
+    return Fit(fitted, source.run(), octave.outputs())
 
 
-def _changes(converted: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(converted.get_submodule(str(node.target)), OctConv)
+def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(converted.get_submodule(str(node.target)), (OctConv, Split))
 
 
-def _partners(trace: Trace, converted: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+def pair_layers(nodes: Sequence[fx.Node], converted: OctaveModule) -> dict[fx.Node, fx.Node]:
     """The source's node of every layer that could be fitted: the same call of the same path."""
     calls: dict[tuple[str, int], fx.Node] = {}
     count: Counter[str] = Counter()
-    for node in trace.nodes:
+    for node in nodes:
         if node.op == "call_module":
             calls[str(node.target), count[str(node.target)]] = node
             count[str(node.target)] += 1
@@ -96,14 +111,9 @@ def _partners(trace: Trace, converted: fx.GraphModule) -> dict[fx.Node, fx.Node]
             continue
         key = str(node.target), count[str(node.target)]
         count[str(node.target)] += 1
-        if key in calls and problems_kind(converted.get_submodule(str(node.target))):
+        if key in calls and can_fit(converted.get_submodule(str(node.target))):
             pairs[node] = calls[key]
     return pairs
-
-
-def problems_kind(module: nn.Module) -> bool:
-    """Whether a layer's kind can be fitted."""
-    return isinstance(module, OctConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def _run_until(source: Walk, nodes: Iterator[fx.Node], wanted: fx.Node) -> list[Any]:
@@ -150,8 +160,10 @@ def _fit(
         bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
         prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
     fit, held = _sums(problem, prior, free, inputs, targets, dice)
-    weight, strength = choose(fit, held, prior, free, strengths)
     total = fit + held
+    if not bool(total.xx.isfinite().all() and total.yy.isfinite().all()):
+        raise CalibrationError(f"{name}: its activations on the calibration images are not finite (NaN or infinite)")
+    weight, strength = choose(fit, held, prior, free, strengths)
     _place(problem, shift, weight, free)
     energy = max(total.energy, 1e-30)
     return Fitted(name, problem.band, total.error(prior) / energy, total.error(weight) / energy, strength)
@@ -169,7 +181,8 @@ def _sums(
     images = sum(len(target) for target in targets)
     rows = max(ROWS, ROWS_PER_UNKNOWN * prior.shape[1])
     count = -(-rows // images)
-    both = [Sums.zeros(*prior.shape, prior.device) for _ in range(2)]
+    groups, unknowns, outputs = prior.shape
+    both = [Sums.zeros(groups, unknowns, outputs, prior.device) for _ in range(2)]
     seen = 0
     for given, target in zip(inputs, targets, strict=True):
         sampled = problem.rows(given, target, count, dice)

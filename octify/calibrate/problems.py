@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octify.bands import path_groups, take
-from octify.layers import OctConv
+from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d
+from octify.layout import Layout
 from octify.octconv import as_tuple, conv_axes
 from octify.resample import average, pool_low
 from octify.routes import Route, enter
@@ -186,24 +187,22 @@ def gather(x: Tensor, route: Route, zeros: Sequence[tuple[int, int]], points: Te
     return seen.transpose(1, 2)
 
 
+DENSE: dict[type[nn.Module], type[OctConv]] = {nn.Conv1d: OctConv1d, nn.Conv2d: OctConv2d, nn.Conv3d: OctConv3d}
+
+
+def can_fit(module: nn.Module) -> bool:
+    """Whether a layer's kind can be fitted."""
+    return isinstance(module, OctConv) or type(module) in (*DENSE, nn.Linear)
+
+
 def problems_of(module: nn.Module) -> list[Problem]:
     """The least-squares problems of a layer; none if its kind cannot be fitted."""
     if isinstance(module, OctConv):
-        sides = dict.fromkeys(path[1] for path in module.paths)
-        return [ConvProblem(module, side) for side in sides]
+        return [ConvProblem(module, side) for side in dict.fromkeys(path[1] for path in module.paths)]
     if type(module) is nn.Linear:
         return [LinearProblem(module)]
-    return _dense_problems(module)
-
-
-def _dense_problems(module: nn.Module) -> list[Problem]:
-    from octify.layers import OctConv1d, OctConv2d, OctConv3d
-    from octify.layout import Layout
-
-    kinds: dict[type[nn.Module], type[OctConv]] = {nn.Conv1d: OctConv1d, nn.Conv2d: OctConv2d, nn.Conv3d: OctConv3d}
-    kind = kinds.get(type(module))
-    if kind is None:
+    if type(module) not in DENSE:
         return []
     conv = cast(nn.Conv2d, module)
-    view = kind.from_conv(conv, Layout.dense(conv.in_channels), Layout.dense(conv.out_channels))
+    view = DENSE[type(module)].from_conv(conv, Layout.dense(conv.in_channels), Layout.dense(conv.out_channels))
     return [ConvProblem(view, "h", conv)]

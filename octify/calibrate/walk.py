@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.graph import nodes_in
+from octify.module import OctaveModule, graph_of_mode
+from octify.trace import Trace
 
 MEMORY = 3 << 30  # bytes of activations kept in memory per network; what is beyond goes to unnamed temporary files
 
@@ -82,6 +84,17 @@ class Walk:
         return value
 
 
+def walk_dense(trace: Trace, chunks: Sequence[Chunk]) -> Walk:
+    """A walk over the traced network as it is in eval mode; `trace.model` must be in that mode."""
+    graph = graph_of_mode(trace.graph, training=False) if trace.two_modes else trace.graph
+    return Walk(trace.model, graph, chunks)
+
+
+def walk_octave(converted: OctaveModule, chunks: Sequence[Chunk]) -> Walk:
+    """A walk over a converted network in eval mode."""
+    return Walk(converted, converted.graph, chunks)
+
+
 def _last_readers(nodes: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that it is the last one to read."""
     last: dict[fx.Node, fx.Node] = {}
@@ -112,4 +125,5 @@ def _spilled(value: Tensor) -> Tensor:
 
 def split_chunks(inputs: Sequence[Tensor], size: int) -> list[Chunk]:
     """Inputs cut into chunks of at most `size` images."""
-    return list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
+    starts = range(0, len(inputs[0]), size)
+    return [tuple(tensor[start : start + size] for tensor in inputs) for start in starts]

@@ -1,0 +1,53 @@
+"""What a calibration did, step by step, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from octify.calibrate.fit import Fitted
+
+
+@dataclass
+class Step:
+    """One step: the held-back images' loss before and after it, and the seconds it took.
+
+    The loss is the outputs' squared error against the dense network, as a share of their variance.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class CalibrationReport:
+    """A calibration's steps, the fit of every layer, and the verdict on images held back.
+
+    `agreement` is the share of held-back decisions (rows of logits, or pixels) equal to the dense network's; None where
+    the outputs are no classes. `cost` counts multiply-adds against dense.
+    """
+
+    images: int = 0
+    held_back: int = 0
+    cost: float = 1.0
+    loss: float = 0.0
+    agreement: float | None = None
+    steps: list[Step] = field(default_factory=list[Step])
+    layers: list[Fitted] = field(default_factory=list[Fitted])
+    alphas: dict[str, float] = field(default_factory=dict[str, float])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = f"calibrated on {self.images} images, {self.held_back} of them held back: cost {self.cost:.3f} of dense"
+        kept = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
+        lines = [f"{head}, loss {self.loss:.4f}{kept}"]
+        for step in self.steps:
+            change = "" if step.before is None else f"{step.before:.4f} -> {step.after:.4f}"
+            lines.append(f"  {step.name:<14} {change:<18} {step.seconds:6.1f} s  {step.note}".rstrip())
+        return "\n".join(lines)

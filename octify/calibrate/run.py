@@ -1,0 +1,185 @@
+"""The calibration as a whole: which channels, how many where, kernels, statistics, distillation, verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from octify.calibrate.budget import allocate, uniform_counts
+from octify.calibrate.costs import CostModel
+from octify.calibrate.data import Images, output_loss, read_images
+from octify.calibrate.distil import distil
+from octify.calibrate.fit import fit_kernels
+from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
+from octify.calibrate.rank import channel_loss
+from octify.calibrate.report import CalibrationReport, Step
+from octify.calibrate.sensitivity import measure_curves, trial_loss
+from octify.calibrate.statistics import norms_of, run_model, try_norms
+from octify.calibrate.verdict import agreement
+from octify.cost import model_cost, source_cost
+from octify.errors import CalibrationError
+from octify.module import OctaveModule
+from octify.plan import Flows
+
+Progress = Callable[[str], None]
+RANKING_IMAGES = 128
+TRIAL_IMAGES = 96
+BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a calibration does: see `octify.convert`."""
+
+    target: float | None = None
+    max_loss: float | None = None
+    samples: int | None = None
+    choose: bool = True
+    fit: bool = True
+    statistics: bool | str = "auto"
+    distil: int = 0
+    seed: int = 0
+    progress: Progress | None = None
+
+
+class Calibration:
+    """One calibration at work: its images, its options and its report."""
+
+    def __init__(self, flows: Flows, batches: Sequence[Any], options: Options) -> None:
+        self.flows, self.options = flows, options
+        self.images: Images = read_images(flows.trace, batches, options.samples)
+        held = sum(len(chunk[0]) for chunk in self.images.held)
+        self.report = CalibrationReport(images=self.images.count, held_back=held)
+        self.dense_macs = source_cost(flows.trace).gmacs
+
+    def run(self, finish: Callable[[Flows], OctaveModule]) -> OctaveModule:
+        """Chooses, rewrites by `finish`, fits and judges.
+
+        Raises:
+            CalibrationError: the images cannot be used, or the budget cannot be met.
+            ConversionError: nothing would change.
+        """
+        chosen = Flows(self.flows.trace, recipe_with(self.flows, self.choose_low()))
+        converted = finish(chosen)
+        training = converted.training
+        converted.eval()
+        self.tune(converted)
+        self._judge(converted)
+        object.__setattr__(converted, "octify_report", self.report)
+        return converted.train(training)
+
+    # Which channels, and how many where.
+
+    def choose_low(self) -> set[int]:
+        """The classes that go low."""
+        options = self.options
+        felt: dict[int, float] = {}
+        if options.choose:
+            with self._step("channels"):
+                felt = channel_loss(self.flows, self.images.trace, self.images.some(RANKING_IMAGES))
+        levers = find_levers(self.flows, felt)
+        if options.target is None and options.max_loss is None:
+            return low_classes(levers, [int(lever.alpha * len(lever.steps) + 1e-9) for lever in levers])
+        cost = CostModel(self.flows, levers, self.dense_macs * 1e9)
+        with self._step("budget"):
+            counts = self._counts(levers, cost)
+        self.report.alphas = {lever.name: count / len(lever.steps) for lever, count in zip(levers, counts, strict=True)}
+        return low_classes(levers, counts)
+
+    def _counts(self, levers: Sequence[Lever], cost: CostModel) -> list[int]:
+        options = self.options
+        if not options.choose:
+            return self._cheapest(lambda target: uniform_counts(levers, cost, target), levers, cost)
+        curves = measure_curves(self.flows, self.images, levers, options.progress)
+
+        def best(target: float) -> list[int]:
+            chosen, even = allocate(levers, curves, cost, target), uniform_counts(levers, cost, target)
+            between = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
+            candidates = [chosen, allocate(levers, curves, cost, target, between), even]
+            losses = [self._trial(levers, counts) for counts in candidates]
+            return candidates[losses.index(min(losses))]
+
+        return self._cheapest(best, levers, cost)
+
+    def _cheapest(
+        self, counts_for: Callable[[float], list[int]], levers: Sequence[Lever], cost: CostModel
+    ) -> list[int]:
+        """The counts for the target, or for the lowest cost at which the loss stays below `max_loss`."""
+        options = self.options
+        if options.max_loss is None:
+            return counts_for(options.target or 1.0)
+        least = float(cost.ratio(np.array([len(lever.steps) for lever in levers]) * 0.8))
+        low, high = max(least, options.target or 0.0), 1.0
+        found: list[int] | None = None
+        for _ in range(5):
+            middle = (low + high) / 2
+            counts = counts_for(middle)
+            if self._trial(levers, counts) <= options.max_loss:
+                high, found = middle, counts
+            else:
+                low = middle
+        if found is None:
+            raise CalibrationError(f"no conversion keeps the loss below max_loss {options.max_loss:g} on these images")
+        return found
+
+    def _trial(self, levers: Sequence[Lever], counts: Sequence[int]) -> float:
+        return trial_loss(self.flows, self.images, low_classes(levers, counts), TRIAL_IMAGES)
+
+    # Kernels, statistics, distillation.
+
+    def tune(self, converted: OctaveModule) -> None:
+        """Changes the weights of a converted network (in eval mode) so that it follows the dense one."""
+        options, images = self.options, self.images
+        dense = run_model(images.trace.model, images.held)
+
+        def loss() -> float:
+            return output_loss(dense, run_model(converted, images.held))
+
+        if options.fit:
+            with self._step("kernels", loss):
+                done = fit_kernels(images.trace, converted, images.fit, seed=options.seed, progress=options.progress)
+            self.report.layers = done.layers
+        if options.statistics:
+            self._statistics(converted, dense)
+        if options.distil:
+            with self._step("distillation", loss) as step:
+                told = distil(images, converted, options.distil, seed=options.seed, progress=options.progress)
+                step.note = f"best of {told.steps} steps: {told.best_step}"
+
+    def _statistics(self, converted: OctaveModule, dense: Sequence[Any]) -> None:
+        with self._step("statistics") as step:
+            if norms_of(converted):
+                step.before, after = try_norms(converted, self.images.fit, self.images.held, dense)
+                step.after = min(step.before, after)
+                step.note = "" if after < step.before else f"batch norm left: {after:.4f} re-estimated"
+            elif not self.options.fit:
+                fit_kernels(self.images.trace, converted, self.images.fit, strengths=BIAS_ONLY, seed=self.options.seed)
+                step.note = "biases corrected"
+            else:
+                step.note = "no batch norm; biases are fitted with the kernels"
+
+    # The report.
+
+    def _judge(self, converted: OctaveModule) -> None:
+        images = self.images
+        pair = [run_model(model, images.held) for model in (images.trace.model, converted)]
+        self.report.loss = output_loss(pair[0], pair[1])
+        self.report.agreement = agreement(pair[0], pair[1])
+        self.report.cost = model_cost(converted, self.flows.trace.inputs).gmacs / self.dense_macs
+
+    @contextmanager
+    def _step(self, name: str, loss: Callable[[], float] | None = None) -> Generator[Step, None, None]:
+        if self.options.progress:
+            self.options.progress(name)
+        step = Step(name, loss() if loss else None, None, 0.0)
+        start = time.perf_counter()
+        yield step
+        step.seconds = time.perf_counter() - start
+        if loss:
+            step.after = loss()
+        self.report.steps.append(step)
