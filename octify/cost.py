@@ -48,7 +48,7 @@ def graph_cost(root: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> Cos
     """The cost of a graph over the modules of `root`; a batch is divided by its size."""
     ghosts = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs)
     images = next((value.shape[0] for value in ghosts if isinstance(value, Tensor) and value.dim()), 1)
-    meter = _Meter(meta_copy(root).eval(), graph=graph)
+    meter = _Meter(meta_copy(root).eval().requires_grad_(False), graph=graph)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meter.run(*ghosts)
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from octify.check import check_graph
 from octify.errors import TraceError
 from octify.graph import named_modules, set_module, sharing_copy, structural_copy
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
 from octify.trace import holds_convolution, trace_model
@@ -30,7 +30,12 @@ def find_parts(model: nn.Module, example: tuple[Any, ...], recipe: Recipe, failu
         TraceError: the model cannot be run on the example, or no submodule traces.
     """
     inputs = _record_inputs(sharing_copy(model).eval(), example, failure)
-    parts = list(_walk(model, "", inputs, recipe))
+    found = list(_walk(model, "", inputs, recipe))
+    parts = [
+        (path, Flows(flows.trace, recipe, prefix=f"{path}.")) for path, flows in found if make_plan(flows).converted
+    ]
+    if not parts and not any(asks_for_change(said) for _, flows in found for said in flows.settings.values()):
+        parts = found  # nothing is asked for: every part as it is
     if not parts:
         raise TraceError(f"{failure}\n  parts: no submodule with convolutions can be traced either")
     return parts
@@ -87,8 +92,8 @@ def _walk(
         flows = _flows(child, inputs[where], recipe, where) if where in inputs else None
         if flows is None:
             yield from _walk(child, where, inputs, recipe)
-        elif make_plan(flows).converted:
-            yield where, Flows(flows.trace, recipe, prefix=f"{where}.")
+        else:
+            yield where, flows
 
 
 def _flows(module: nn.Module, example: tuple[Tensor, ...], recipe: Recipe, path: str) -> Flows | None:

@@ -165,7 +165,7 @@ def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float) -
         for index, row in enumerate(_measured(names, workers, seconds), 1):
             rows[row.key] = row
             progress.update(task, advance=1, description=row.key)
-            if index % 20 == 0 or index == len(names):
+            if index % 5 == 0 or index == len(names):
                 _save(rows)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from octify.cost import COUNTED
 from octify.recipe import Recipe
 
 ALPHA = 0.25
@@ -41,6 +42,7 @@ class Counted:
 
     calls: list[Call]
     total: float
+    weighted: float  # without attention's products, as octify's costs
 
     @property
     def share(self) -> float:
@@ -76,7 +78,19 @@ def count(model: nn.Module, run: Callable[[], object]) -> Counted:
     finally:
         for hook in hooks:
             hook.remove()
-    return Counted(calls, counter.get_total_flops() / 2)
+    return Counted(calls, counter.get_total_flops() / 2, _weighted(counter))
+
+
+def macs(run: Callable[[], object]) -> float:
+    """The multiply-adds of convolutions and linear layers in what `run` runs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return _weighted(counter)
+
+
+def _weighted(counter: FlopCounterMode) -> float:
+    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
+    return sum(flops for kind, flops in counts.items() if kind in COUNTED) / 2
 
 
 def _call(path: str, module: Any, args: Any, out: Any) -> list[Call]:
