@@ -1,6 +1,6 @@
 """`make fidelity`: trains the nets (cached), converts them step by step and writes CSV, plot and the README's table.
 
-Everything: `python -m tests.fidelity.run --seed 0 --seed 1 --seed 2`. A part: `--net residual --step fold --test 500`;
+Everything: `python -m tests.fidelity.run --seed 0 --seed 1 --seed 2`. A part: `--net residual --step fold --at 0.5`;
 rows measured before stay in the file, those measured again are replaced. `--show` only prints and draws what is there.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tests.fidelity.data import Pictures
 from tests.fidelity.nets import NETS
 from tests.fidelity.show import PLOT, Result, plot, read_results, table, write_readme, write_results
-from tests.fidelity.steps import Point, octave_points, pruned_points
+from tests.fidelity.steps import Wanted, octave_points, pruned_points
 from tests.fidelity.train import load_net, load_pictures
 
 
-def measure_net(name: str, seed: int, samples: int, tests: int, steps: list[str]) -> Iterator[Result]:
+def measure_net(name: str, seed: int, samples: int, tests: int, wanted: Wanted) -> Iterator[Result]:
     """Every point of one trained net; test pictures are only ever looked at here."""
     net, _ = load_net(name, seed)
     calibration = load_pictures("calibration", seed).first(samples).batches(32)
@@ -29,13 +29,8 @@ def measure_net(name: str, seed: int, samples: int, tests: int, steps: list[str]
     truth = predict(net, test)
     dense = share(truth, test.labels)
 
-    def wanted(step: str) -> bool:
-        return not steps or step in steps
-
-    points: Iterator[Point] = itertools.chain(
-        octave_points(net, calibration, wanted), pruned_points(name, net, calibration, wanted)
-    )
-    for point in points:
+    pruned = pruned_points(name, net, calibration, wanted)
+    for point in itertools.chain(octave_points(net, calibration, wanted), pruned):
         found = predict(point.net, test)
         right = share(found, test.labels)
         yield Result(
@@ -61,14 +56,19 @@ def main() -> None:
     parser.add_argument("--net", choices=[*NETS], action="append")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--step", action="append", default=[], help="a step's name as printed; all without it")
+    parser.add_argument("--at", type=float, action="append", default=[], help="an alpha or target; all without it")
     parser.add_argument("--samples", type=int, default=256, help="calibration pictures, at most 512")
     parser.add_argument("--test", type=int, default=2000, help="test pictures, at most 2000")
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
+
+    def wanted(step: str, at: float) -> bool:
+        return (not options.step or step in options.step) and (not options.at or at in options.at)
+
     results = read_results()
     pairs = [] if options.show else itertools.product(options.net or NETS, options.seed or [0])
     for name, seed in pairs:
-        for row in measure_net(name, seed, options.samples, options.test, options.step):
+        for row in measure_net(name, seed, options.samples, options.test, wanted):
             print(f"{name:14}{seed:2} {row.step:34}{row.asked:6g}  cost {row.cost:.3f}  {row.retained:.3f}", flush=True)
             results[row.key] = row
             write_results(results.values())

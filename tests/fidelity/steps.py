@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,12 +9,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 import octify
+from octify.errors import CalibrationError
 from tests.fidelity.prune import IMPORTANCES, Importance, count_macs, prune_net, reestimate_norms
 
 ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 TARGETS = (0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
 
 Sweep = Literal["alpha", "target"]
+Wanted = Callable[[str, float], bool]
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,16 @@ class Step:
     calibrated: bool = True
 
 
-PLAIN_FIT = {"choose": False, "fit": True, "norms": False, "distil": 0}
+ONLY_FIT = {"choose": False, "fit": True, "statistics": False}
+FULL = {"choose": True, "fit": True, "statistics": "auto"}
 STEPS: tuple[Step, ...] = (
     Step("paper slicing", "alpha", {"kernels": "paper"}, calibrated=False),
     Step("fold", "alpha", calibrated=False),
-    Step("fold, norms re-estimated", "alpha", {**PLAIN_FIT, "fit": False, "norms": True}),
-    Step("fitted", "alpha", PLAIN_FIT),
-    Step("fitted, channels chosen", "alpha", {**PLAIN_FIT, "choose": True}),
-    Step("fitted, alphas chosen", "target", {**PLAIN_FIT, "choose": True}),
-    Step("fitted, alphas chosen, distilled", "target", {**PLAIN_FIT, "choose": True, "distil": 60}),
+    Step("fold, norms re-estimated", "alpha", {"choose": False, "fit": False, "statistics": True}),
+    Step("fitted", "alpha", ONLY_FIT),
+    Step("fitted, channels chosen", "alpha", {**ONLY_FIT, "choose": True}),
+    Step("fitted, alphas chosen", "target", FULL),
+    Step("fitted, alphas chosen, distilled", "target", {**FULL, "distil": 60}),
 )
 
 
@@ -51,27 +53,29 @@ class Point:
     cost: float
 
 
-def octave_points(net: nn.Module, calibration: list[Tensor], wanted: Callable[[str], bool]) -> Iterator[Point]:
-    """Every wanted step at every alpha or target. A point whose alpha changes nothing is left out."""
+def octave_points(net: nn.Module, calibration: list[Tensor], wanted: Wanted) -> Iterator[Point]:
+    """Every wanted step at every alpha or target; a target that cannot be met is said and left out."""
     dense = count_macs(net)
     for step in STEPS:
-        for asked in (ALPHAS if step.sweep == "alpha" else TARGETS) if wanted(step.name) else ():
+        points = ALPHAS if step.sweep == "alpha" else TARGETS
+        for asked in (p for p in points if wanted(step.name, p)):
             options = {**step.options, step.sweep: asked}
             if step.calibrated:
                 options["calibration"] = calibration
-            source = copy.deepcopy(net)
-            found = octify.convert(source, example_inputs=calibration[0][:1], **options)  # pyright: ignore[reportArgumentType]
+            try:
+                found = octify.convert(net, example_inputs=calibration[0][:1], **options)  # pyright: ignore[reportArgumentType]
+            except CalibrationError as error:
+                print(f"{step.name} at {asked:g}: {error}", flush=True)
+                continue
             yield Point(step.name, step.sweep, asked, found.eval(), count_macs(found) / dense)
 
 
-def pruned_points(
-    name: str, net: nn.Module, calibration: list[Tensor], wanted: Callable[[str], bool]
-) -> Iterator[Point]:
+def pruned_points(name: str, net: nn.Module, calibration: list[Tensor], wanted: Wanted) -> Iterator[Point]:
     """Torch-Pruning at every target, as it is and with batch norm re-estimated; a net without batch norm once."""
     kinds: tuple[Importance, ...] = ("magnitude",) if name == "plain" else IMPORTANCES
     for kind in kinds:
         step, again = f"pruned by {kind}", f"pruned by {kind}, norms re-estimated"
-        for target in TARGETS if wanted(step) else ():
+        for target in (t for t in TARGETS if wanted(step, t)):
             pruned, cost = prune_net(net, kind, target)
             yield Point(step, "target", target, pruned, cost)
             if name != "plain":
