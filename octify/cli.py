@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Generator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +15,36 @@ import typer
 from rich.console import Console
 
 from octify import report
-from octify.errors import CheckpointError, ModelError, OctifyError, RecipeError
-from octify.jobs import Request, convert_model, inspect_file, is_checkpoint, list_rules, plan_model, verify_target
+from octify.calibrate_jobs import compare_checkpoint, convert_calibrated, list_sensitivities
+from octify.cli_calibrate import (
+    Distil,
+    ImageSize,
+    Labels,
+    MaxLoss,
+    Mean,
+    Place,
+    RecipeFile,
+    Samples,
+    Sensitivity,
+    Std,
+    Target,
+    image_request,
+    options_of,
+)
+from octify.errors import CalibrationError, CheckpointError, ModelError, OctifyError, RecipeError
+from octify.jobs import (
+    Request,
+    convert_model,
+    inspect_file,
+    is_checkpoint,
+    list_named_operators,
+    list_rules,
+    plan_model,
+    verify_target,
+)
 from octify.plan_recipe import recipe_text_of
 from octify.recipe import builtin_recipes, load_recipe, recipe_text
+from octify.report_calibration import calibration_report, sensitivity_report, verdict_report
 from octify.version import __version__
 from octify.zoo import list_models
 
@@ -39,6 +65,8 @@ Alpha = Annotated[
 ]
 RecipeName = Annotated[str | None, typer.Option(metavar="FILE|NAME", help="A recipe file, or one of octify's own.")]
 Kernels = Annotated[str | None, typer.Option(metavar="fold|paper", help="fold: trained weights; paper: from scratch.")]
+OperatorName = Annotated[str | None, typer.Option(help="octave, compconv or keep; `octify ops` lists them.")]
+C0 = Annotated[int | None, typer.Option(help="compconv: input channels at which its depth grows; 128 is usual.")]
 Size = Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape; the network's own by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -51,20 +79,41 @@ def convert(
     alpha: Alpha = None,
     recipe: RecipeName = None,
     kernels: Kernels = None,
+    operator: OperatorName = None,
+    c0: C0 = None,
     input_size: Size = None,
     pretrained: Annotated[bool, typer.Option(help="Download the library's trained weights.")] = False,
     weights: Annotated[Path | None, typer.Option(help="A state dict: .safetensors, or .pt (read safely).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The checkpoint to write.")] = None,
     overwrite: Overwrite = False,
-    seed: Annotated[int, typer.Option(help="For random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="For random weights and for the calibration.")] = 0,
+    calibrate: Place = None,
+    samples: Samples = 512,
+    target: Target = None,
+    max_loss: MaxLoss = None,
+    distil: Distil = 0,
+    mean: Mean = None,
+    std: Std = None,
+    size: ImageSize = None,
+    recipe_out: RecipeFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert a network, and write it as a checkpoint."""
     with working(quiet or as_json) as step:
-        request = Request(model, alpha, recipe, kernels, parse_size(input_size), pretrained, weights, seed)
-        facts = convert_model(request, output, overwrite, step)
-    print_facts(facts, lambda: report.conversion_report(facts, _weights(request)), as_json, quiet)
+        shape = parse_size(input_size)
+        request = Request(model, alpha, recipe, kernels, shape, pretrained, weights, seed, operator, c0)
+        if calibrate is None:
+            _need_images(target is not None or max_loss is not None or distil > 0 or recipe_out is not None)
+            facts = convert_model(request, output, overwrite, step)
+        else:
+            images = image_request(calibrate, samples, mean, std, size)
+            options = options_of(target, max_loss, samples, distil, seed)
+            facts = convert_calibrated(request, images, options, output, overwrite, step)
+        if recipe_out is not None:
+            write_text(recipe_out, facts["recipe_text"], overwrite)
+    render = report.conversion_report if calibrate is None else calibration_report
+    print_facts(facts, lambda: render(facts, _weights(request)), as_json, quiet)
     finish([check["passed"] for check in facts["checks"]])
 
 
@@ -74,15 +123,33 @@ def plan(
     alpha: Alpha = None,
     recipe: RecipeName = None,
     kernels: Kernels = None,
+    operator: OperatorName = None,
+    c0: C0 = None,
     input_size: Size = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe.")] = None,
     overwrite: Overwrite = False,
+    weights: Annotated[Path | None, typer.Option(help="With --sensitivity: a state dict.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="With --sensitivity: the library's trained weights.")] = False,
+    sensitivity: Sensitivity = False,
+    calibrate: Place = None,
+    samples: Samples = 128,
+    mean: Mean = None,
+    std: Std = None,
+    size: ImageSize = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what convert would do, operation by operation; needs no memory for weights."""
     with working(quiet or as_json) as step:
-        request = Request(model, alpha, recipe, kernels, parse_size(input_size))
+        request = Request(model, alpha, recipe, kernels, parse_size(input_size), operator=operator, c0=c0)
+        if sensitivity:
+            _need_images(calibrate is None)
+            trained = replace(request, weights=weights, pretrained=pretrained)
+            rows = list_sensitivities(trained, image_request(str(calibrate), samples, mean, std, size), step)
+    if sensitivity:
+        print_facts({"sensitivities": rows}, lambda: sensitivity_report(rows), as_json, quiet)  # pyright: ignore
+        return
+    with working(quiet or as_json) as step:
         facts, decided, reading = plan_model(request, step)
         if output is not None:
             write_text(output, recipe_text_of(reading, decided), overwrite)
@@ -108,20 +175,35 @@ def verify(
     alpha: Alpha = None,
     recipe: RecipeName = None,
     kernels: Kernels = None,
+    operator: OperatorName = None,
+    c0: C0 = None,
     input_size: Size = None,
     source: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The network of a checkpoint of your own.")
     ] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --calibrate: the source's state dict.")] = None,
+    calibrate: Place = None,
+    labels: Labels = False,
+    samples: Samples = 512,
+    mean: Mean = None,
+    std: Std = None,
+    size: ImageSize = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the invariants and oracles; exit 1 if one fails."""
-    if is_checkpoint(target) and (alpha is not None or recipe or kernels or input_size):
+    """Run the invariants and oracles; exit 1 if one fails. With --calibrate, compare with the source on images."""
+    if calibrate is not None:
+        with working(quiet or as_json) as step:
+            images = image_request(calibrate, samples, mean, std, size)
+            verdict = compare_checkpoint(target, source, weights, images, labels, step)
+        print_facts(verdict.to_dict(), lambda: verdict_report(verdict), as_json, quiet)
+        return
+    if is_checkpoint(target) and (alpha is not None or c0 is not None or recipe or kernels or operator or input_size):
         raise typer.BadParameter(
-            "a checkpoint has its own recipe: leave out --alpha, --recipe, --kernels, --input-size"
+            "a checkpoint has its own recipe: leave out --alpha, --recipe, --kernels, --operator, --c0, --input-size"
         )
     with working(quiet or as_json) as step:
-        request = Request(target, alpha, recipe, kernels, parse_size(input_size))
+        request = Request(target, alpha, recipe, kernels, parse_size(input_size), operator=operator, c0=c0)
         checks = verify_target(request, source, step)
     facts = {"target": target, "passed": all(c.passed for c in checks), "checks": [asdict(c) for c in checks]}
     print_facts(facts, lambda: report.checks_table(checks), as_json, quiet)
@@ -140,11 +222,9 @@ def models(
 
 @app.command()
 def ops(as_json: Json = False) -> None:
-    """List the operations that octify has rules for; others stay dense."""
-    rules = list_rules()
-    print_facts(
-        {"operations": rules}, lambda: report.names_table([list(r.values()) for r in rules], *rules[0]), as_json
-    )
+    """List the operators that take a layer's place, and the operations with a rule for bands; others stay dense."""
+    facts = {"operators": list_named_operators(), "operations": list_rules()}
+    print_facts(facts, lambda: report.tables(facts), as_json)
 
 
 @recipes.command("ls")
@@ -252,6 +332,12 @@ def write_text(path: Path, text: str, overwrite: bool) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _need_images(lacking: bool) -> None:
+    """Refuses options that do nothing without images."""
+    if lacking:
+        raise CalibrationError("this needs calibration images: add --calibrate SOURCE")
 
 
 def _weights(request: Request) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from octify.convert import choose_recipe
 from octify.cost import Cost, model_cost, source_cost
 from octify.errors import ModelError, TraceError
 from octify.layers import Merge, Split
+from octify.operators import list_operators, transfer_notes
 from octify.origin import origin_of, set_origin
 from octify.plan import Plan
 from octify.recipe import Recipe
@@ -40,6 +42,8 @@ class Request:
     pretrained: bool = False
     weights: Path | None = None
     seed: int = 0
+    operator: str | None = None
+    c0: int | None = None
 
     def choose(self) -> Recipe:
         """The recipe.
@@ -47,7 +51,7 @@ class Request:
         Raises:
             RecipeError: there is none, or it is no recipe.
         """
-        return choose_recipe(self.recipe, self.alpha, self.kernels)
+        return choose_recipe(self.recipe, self.alpha, self.kernels, self.operator, self.c0)
 
     def build(self, device: str = "cpu") -> nn.Module:
         """The source network, its weights too unless it is on meta.
@@ -146,6 +150,7 @@ def describe(reading: Conversion, plan: Plan, converted: nn.Module, request: Req
         "input_size": shapes[0] if len(shapes) == 1 else shapes,
         "alpha": reading.recipe.alpha,
         "recipe": request.recipe or reading.recipe.name,
+        "transfer": transfer_notes(op.form for op in plan.ops),
         "convolutions": count_convolutions(plan),
         "adapters": count_adapters(reading, converted),
         "parameters": {"before": before.parameters, "after": after.parameters},
@@ -156,8 +161,10 @@ def describe(reading: Conversion, plan: Plan, converted: nn.Module, request: Req
 
 def count_convolutions(plan: Plan) -> dict[str, Any]:
     """How many convolutions there are, how many change, and why the others do not."""
-    total, octave = len(plan.convolutions), len(plan.converted)
-    return {"total": total, "octave": octave, "dense": total - octave, "reasons": plan.reasons()}
+    total, changed = len(plan.convolutions), len(plan.converted)
+    forms = Counter(op.form for op in plan.converted)
+    counts = {"total": total, "octave": forms["octave"], "dense": total - changed}
+    return {**counts, "operators": dict(forms), "reasons": plan.reasons()}
 
 
 def count_adapters(reading: Conversion, converted: nn.Module) -> dict[str, int]:
@@ -249,6 +256,14 @@ def list_rules() -> list[dict[str, str]]:
     return [
         {"operation": name, "kind": rule.kind, "rule": type(rule).__name__, "does": _first_line(rule)}
         for name, rule in sorted(found, key=lambda pair: pair[0])
+    ]
+
+
+def list_named_operators() -> list[dict[str, str]]:
+    """What a recipe may name as a layer's operator."""
+    return [
+        {"operator": operator.name, "options": ", ".join(operator.takes), "does": operator.summary}
+        for operator in list_operators()
     ]
 
 

@@ -39,14 +39,28 @@ def plan_report(facts: Mapping[str, Any], plan: Plan) -> RenderableType:
 def _head(facts: Mapping[str, Any], weights: str = "") -> Text:
     sizes = facts["input_size"]
     shape = "x".join(map(str, sizes)) if sizes and isinstance(sizes[0], int) else str(sizes)
-    line = Text.assemble((facts["source"], "bold"), f" at {shape}, recipe {facts['recipe']}, alpha {facts['alpha']:g}")
-    return line.append(f", {weights}") if weights else line
+    lost = facts["transfer"]
+    alpha = "" if lost and not facts["convolutions"]["octave"] else f", alpha {facts['alpha']:g}"
+    line = Text.assemble((facts["source"], "bold"), f" at {shape}, recipe {facts['recipe']}{alpha}")
+    line.append(f", {weights}" if weights else "")
+    for note in lost:
+        line.append(f"; {note}", style="yellow")
+    return line
+
+
+def _counted(found: Mapping[str, Any]) -> str:
+    """`16 of 53 octave`, `12 octave and 4 compconv of 53`."""
+    operators = found["operators"]
+    if len(operators) > 1:
+        return " and ".join(f"{count} {name}" for name, count in operators.items()) + f" of {found['total']}"
+    name, count = next(iter(operators.items()), ("octave", 0))
+    return f"{count} of {found['total']} {name}"
 
 
 def _convolutions(facts: Mapping[str, Any]) -> Table:
     found, adapters = facts["convolutions"], facts["adapters"]
     table = _plain_table()
-    table.add_row("convolutions", f"{found['octave']} of {found['total']} octave")
+    table.add_row("convolutions", _counted(found))
     for reason, count in found["reasons"].items():
         table.add_row("", Text(f"{count} dense: {reason}", style="dim"))
     split, merge = adapters["split"], adapters["merge"]
@@ -93,7 +107,7 @@ def _name(op: PlanOp) -> str:
 
 
 def _form(op: PlanOp) -> Text:
-    return Text(op.form, style={"octave": "green", "bands": "cyan"}.get(op.form, "dim"))
+    return Text(op.form, style={"dense": "dim", "bands": "cyan"}.get(op.form, "green"))
 
 
 def _why(op: PlanOp) -> list[str]:
@@ -107,7 +121,7 @@ def checkpoint_report(facts: Mapping[str, Any]) -> RenderableType:
     table.add_row("source", facts["source"] or f"{facts['class']} (a network of your own)")
     table.add_row("input", ", ".join("x".join(map(str, shape)) for shape in facts["input_size"]))
     table.add_row("recipe", f"{facts['recipe'].get('name', '-')}, alpha {facts['alpha']:g}")
-    table.add_row("convolutions", f"{found['octave']} of {found['total']} octave")
+    table.add_row("convolutions", _counted(found))
     for reason, count in found["reasons"].items():
         table.add_row("", Text(f"{count} dense: {reason}", style="dim"))
     table.add_row("tensors", f"{facts['tensors']} with {facts['numbers']:,} numbers, {facts['dtype']}")
@@ -121,6 +135,14 @@ def names_table(rows: Sequence[Sequence[str]], *titles: str) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def tables(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> RenderableType:
+    """A table for every list of rows, one below the other."""
+    found: list[RenderableType] = []
+    for rows in facts.values():
+        found += [names_table([list(row.values()) for row in rows], *rows[0]), ""]
+    return Group(*found[:-1])
 
 
 def _plain_table(*titles: str) -> Table:
