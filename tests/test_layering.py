@@ -36,6 +36,8 @@ optimize
 tensors oracles plan_recipe
 checkpoint bench export verify
 jobs report
+calibrate_jobs report_calibration
+cli_calibrate
 cli
 """.splitlines()
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -27,6 +28,7 @@ class Images:
     trace: Trace
     fit: list[Chunk]
     held: list[Chunk]
+    pass_seconds: float  # of the dense network over all images, about
 
     @property
     def count(self) -> int:
@@ -54,12 +56,12 @@ def read_images(trace: Trace, batches: Sequence[Any], samples: int | None) -> Im
         raise CalibrationError(f"{count} calibration images: expected at least {FEWEST}, better some dozens")
     inputs = [_checked(value, like).to(device) for value, like in zip(inputs, wanted, strict=True)]
     still = replace(trace, model=sharing_copy(trace.model).eval())
-    _try(still, tuple(value[:2] for value in inputs))
+    seconds = _try(still, tuple(value[:FEWEST] for value in inputs)) * count / FEWEST
     held = torch.arange(count) % HELD_BACK == HELD_BACK - 1
     if not held.any():
         held[-1] = True
     rows = [[value[~held] for value in inputs], [value[held] for value in inputs]]
-    return Images(still, split_chunks(rows[0], CHUNK), split_chunks(rows[1], CHUNK))
+    return Images(still, split_chunks(rows[0], CHUNK), split_chunks(rows[1], CHUNK), seconds)
 
 
 def take_batches(batches: Batches, samples: int | None) -> list[Any]:
@@ -107,7 +109,9 @@ def _checked(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype)
 
 
-def _try(trace: Trace, inputs: tuple[Tensor, ...]) -> None:
+def _try(trace: Trace, inputs: tuple[Tensor, ...]) -> float:
+    """Runs the dense network once, and says how many seconds that takes."""
+    start = time.perf_counter()
     try:
         outputs = walk_dense(trace, [inputs]).run()
     except RuntimeError as error:
@@ -117,6 +121,7 @@ def _try(trace: Trace, inputs: tuple[Tensor, ...]) -> None:
         ) from error
     if not all(bool(tensor.isfinite().all()) for tensor in float_tensors(outputs)):
         raise CalibrationError("the dense model gives values that are not finite (NaN or infinite) on these images")
+    return time.perf_counter() - start
 
 
 def float_tensors(tree: Any) -> list[Tensor]:

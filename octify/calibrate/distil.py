@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octify.calibrate.bands import band_pairs, relative_error
 from octify.calibrate.data import Images, float_tensors, output_loss
 from octify.calibrate.statistics import run_model, snapshot
 from octify.layers import OctConv
-from octify.layout import Layout
 from octify.module import OctaveModule
-from octify.resample import pool_low
 
 RATE = 1e-3
 BATCH = 32
@@ -108,7 +107,7 @@ class _Taps:
         with torch.no_grad():
             wanted = float_tensors(self.dense(*inputs))
         given = float_tensors(self.converted(*inputs))
-        outputs = [_relative(y, x) + _divergence(y, x) for y, x in zip(given, wanted, strict=True)]
+        outputs = [relative_error(y, x) + _divergence(y, x) for y, x in zip(given, wanted, strict=True)]
         total = torch.stack(outputs).mean()
         return total + LAYERS * torch.stack(self.errors).mean() if self.errors else total
 
@@ -122,23 +121,10 @@ class _Taps:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             target = self.seen.pop(name, None)
             if target is not None:
-                self.errors += [_relative(y, x) for y, x in band_pairs(layer.out_layout, output, target, layer.spatial)]
+                pairs = band_pairs(layer.out_layout, output, target, layer.spatial)
+                self.errors += [relative_error(given, wanted) for _, given, wanted in pairs]
 
         return hook
-
-
-def band_pairs(layout: Layout, output: Any, target: Tensor, spatial: int) -> list[tuple[Tensor, Tensor]]:
-    """A layer's bands beside what they should be, empty bands left out."""
-    if layout.is_dense:
-        return [(cast(Tensor, output), target)]
-    high, low = cast("tuple[Tensor, Tensor]", output)
-    pairs = [(low, pool_low(target[:, list(layout.low_index)], spatial))]
-    return [*pairs, (high, target[:, list(layout.high_index)])] if layout.high else pairs
-
-
-def _relative(given: Tensor, wanted: Tensor) -> Tensor:
-    spread = (wanted - wanted.mean(0)).square().mean().clamp_min(1e-12)
-    return (given - wanted).square().mean() / spread
 
 
 def _divergence(given: Tensor, wanted: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from octify.calibrate.budget import allocate, uniform_counts
 from octify.calibrate.costs import CostModel
 from octify.calibrate.data import Images, output_loss, read_images
-from octify.calibrate.distil import distil
+from octify.calibrate.distil import BATCH, distil
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
@@ -56,6 +56,8 @@ class Calibration:
         held = sum(len(chunk[0]) for chunk in self.images.held)
         self.report = CalibrationReport(images=self.images.count, held_back=held)
         self.dense_macs = source_cost(flows.trace).gmacs
+        if options.progress:
+            options.progress(f"calibrating on {self.images.count} images: about {self._minutes():.0f} minutes")
 
     def run(self, finish: Callable[[Flows], OctaveModule]) -> OctaveModule:
         """Chooses, rewrites by `finish`, fits and judges.
@@ -72,6 +74,14 @@ class Calibration:
         self._judge(converted)
         object.__setattr__(converted, "octify_report", self.report)
         return converted.train(training)
+
+    def _minutes(self) -> float:
+        """A guess: a step costs some passes of the dense network, a step of distillation four of a batch."""
+        options = self.options
+        passes = 3.0 * options.fit + 1.0 * options.choose + 1.0 * bool(options.statistics)
+        passes += 4.0 * (options.target is not None) + 12.0 * (options.max_loss is not None)
+        passes += 4.0 * options.distil * BATCH / self.images.count
+        return max(1.0, passes * self.images.pass_seconds / 60)
 
     # Which channels, and how many where.
 

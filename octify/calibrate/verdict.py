@@ -2,21 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from octify.calibrate.data import float_tensors
+from octify.calibrate.bands import band_pairs, relative_error
+from octify.calibrate.data import Batches, float_tensors, output_loss, take_batches
+from octify.errors import CalibrationError
+from octify.graph import sharing_copy
+from octify.layers import OctConv
 
-MOST_CLASSES = 30_000
+
+@dataclass(frozen=True)
+class LayerError:
+    """A layer's squared errors against the dense layer, as shares of its variance; None where there is no such band."""
+
+    layer: str
+    high: float | None
+    low: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A converted network beside its source on the same images.
+
+    `kind` is what the outputs are: "classes" (rows of logits), "pixels" (maps of logits) or "features". Decisions,
+    `kl` (mean, nats) and `cosine` are None where they mean nothing; `loss` is the outputs' squared error as a share of
+    their variance. `top1` and `top5` hold (dense, octave) where labels are known.
+    """
+
+    images: int
+    kind: str
+    loss: float
+    cosine: float
+    agreement: float | None = None
+    kl: float | None = None
+    top1: tuple[float, float] | None = None
+    top5: tuple[float, float] | None = None
+    layers: list[LayerError] = field(default_factory=list[LayerError])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def compare(
+    source: nn.Module, converted: nn.Module, batches: Batches, labels: Tensor | None = None, samples: int | None = None
+) -> Verdict:
+    """Measures a converted network against its source; both run in eval mode and are left as they were.
+
+    `batches` is a tensor, or gives tensors or tuples of the model's inputs; `labels` (N,) belong to them in order.
+
+    Raises:
+        CalibrationError: no images, or another number of labels.
+    """
+    dense, octave = sharing_copy(source).eval(), sharing_copy(converted).eval()
+    given = [batch if isinstance(batch, tuple) else (batch,) for batch in take_batches(batches, samples)]
+    if not given:
+        raise CalibrationError("there are no images to compare on")
+    with torch.no_grad(), _Errors(dense, octave) as errors:
+        pairs = [(dense(*inputs), octave(*inputs)) for inputs in given]
+    wanted, kept = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    first = [torch.cat(column) for column in zip(*pairs_of(wanted, kept), strict=True)]
+    if not first:
+        raise CalibrationError("the model gives no floating-point tensor: there is nothing to compare")
+    y, x = first
+    decides = is_decision(y)
+    scores = labels is not None and y.dim() == 2
+    if scores and len(cast(Tensor, labels)) < len(y):
+        raise CalibrationError(f"{len(cast(Tensor, labels))} labels for {len(y)} images")
+    return Verdict(
+        images=sum(len(inputs[0]) for inputs in given),
+        kind="features" if not decides else "classes" if y.dim() == 2 else "pixels",
+        loss=output_loss(wanted, kept),
+        cosine=float(F.cosine_similarity(x.flatten(1), y.flatten(1), dim=1).mean()),
+        agreement=agreement(wanted, kept),
+        kl=_divergence(y, x) if decides else None,
+        top1=_top(y, x, cast(Tensor, labels), 1) if scores else None,
+        top5=_top(y, x, cast(Tensor, labels), 5) if scores and y.shape[1] > 5 else None,
+        layers=errors.layers(),
+    )
 
 
 def agreement(dense: Sequence[Any], octave: Sequence[Any]) -> float | None:
     """The share of equal decisions, the largest class of each row of logits or pixel; None if there is none."""
     decided = [(d.argmax(1) == o.argmax(1)).double() for d, o in pairs_of(dense, octave) if is_decision(d)]
-    return float(torch.cat([same.flatten() for same in decided]).mean()) if decided else None
+    return float(torch.cat([same.reshape(-1) for same in decided]).mean()) if decided else None
 
 
 def pairs_of(dense: Sequence[Any], octave: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -27,4 +102,70 @@ def pairs_of(dense: Sequence[Any], octave: Sequence[Any]) -> list[tuple[Tensor, 
 
 def is_decision(output: Tensor) -> bool:
     """Whether the largest entry along axis 1 is a class: rows of logits, or maps of them."""
-    return output.dim() in (2, 4) and 1 < output.shape[1] <= MOST_CLASSES
+    return output.dim() in (2, 4) and output.shape[1] > 1
+
+
+def _divergence(dense: Tensor, octave: Tensor) -> float:
+    logs = [F.log_softmax(output.double(), 1) for output in (octave, dense)]
+    return float(F.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(1).mean())
+
+
+def _top(dense: Tensor, octave: Tensor, labels: Tensor, count: int) -> tuple[float, float]:
+    wanted = labels[: len(dense)].to(dense.device)[:, None]
+    shares = [float((output.topk(count, 1).indices == wanted).any(1).double().mean()) for output in (dense, octave)]
+    return shares[0], shares[1]
+
+
+class _Errors:
+    """Hooks that add up every octave layer's squared errors, band by band."""
+
+    def __init__(self, dense: nn.Module, octave: nn.Module) -> None:
+        self.dense, self.octave = dense, octave
+        self.sums: dict[tuple[str, str], list[float]] = {}
+        self.order: dict[str, None] = {}
+        self.seen: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Errors:
+        sources = dict(self.dense.named_modules())
+        for name, module in self.octave.named_modules():
+            if isinstance(module, OctConv) and name in sources:
+                self.handles.append(sources[name].register_forward_hook(self._keep(name)))
+                self.handles.append(module.register_forward_hook(self._compare(name, module)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def layers(self) -> list[LayerError]:
+        """The mean over batches, in the order of execution."""
+        return [LayerError(name, self._mean(name, "high"), self._mean(name, "low")) for name in self.order]
+
+    def _mean(self, name: str, band: str) -> float | None:
+        found = self.sums.get((name, band))
+        return sum(found) / len(found) if found else None
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.seen[name] = output.clone()
+
+        return hook
+
+    def _compare(self, name: str, layer: OctConv) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            target = self.seen.get(name)
+            if target is None:
+                return
+            self.order[name] = None
+            for band, given, wanted in band_pairs(layer.out_layout, output, target, layer.spatial):
+                self.sums.setdefault((name, band), []).append(float(relative_error(given, wanted)))
+
+        return hook
+
+
+def labels_of(batches: Iterable[Any]) -> Tensor | None:
+    """The labels in (images, labels) batches, if every batch has them."""
+    found = [batch[1] for batch in batches if isinstance(batch, (tuple, list)) and len(batch) == 2]  # pyright: ignore
+    whole = [label for label in found if isinstance(label, Tensor) and label.dim() == 1]
+    return torch.cat(whole) if whole and len(whole) == len(found) else None

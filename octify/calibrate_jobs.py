@@ -1,0 +1,145 @@
+"""What the commands do with calibration images: convert by them, compare on them, say what each layer would lose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from octify.calibrate.data import example_of_batches, read_images
+from octify.calibrate.levers import find_levers
+from octify.calibrate.rank import channel_loss
+from octify.calibrate.run import Calibration, Options
+from octify.calibrate.sensitivity import SHARES, measure_curves
+from octify.calibrate.source import Source, load_source
+from octify.calibrate.verdict import Verdict, compare
+from octify.checkpoint import check_target, load, read_checkpoint, save
+from octify.conversion import Conversion
+from octify.convert import finish, plan_of
+from octify.errors import CalibrationError
+from octify.inputs import Preprocessing
+from octify.jobs import Request, describe, is_checkpoint, name_source
+from octify.plan import Flows, make_plan
+from octify.verify import quick_checks
+from octify.zoo import build_model, preprocessing, resolve
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Where images come from and how they are prepared; `size` is (height, width)."""
+
+    place: str
+    samples: int = 512
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    size: tuple[int, int] | None = None
+
+    def load(self, known: Preprocessing | None) -> Source:
+        """The images.
+
+        Raises:
+            CalibrationError: they cannot be read, or nothing says how they are prepared.
+        """
+        options: dict[str, Any] = {"mean": self.mean, "std": self.std, "size": self.size}
+        return load_source(self.place, known, samples=self.samples, **options)
+
+
+def convert_calibrated(
+    request: Request, images: ImageRequest, options: Options, output: Path | None, overwrite: bool, step: Step
+) -> dict[str, Any]:
+    """Converts by calibration images, and writes a checkpoint if there is an output.
+
+    Raises:
+        OctifyError: whatever is wrong; nothing is written then.
+    """
+    start = time.perf_counter()
+    if output is not None:
+        check_target(output, overwrite)
+    source, reading = _read(request, images, step)
+    used: list[Flows] = []
+
+    def rewrite(flows: Flows) -> Any:
+        used.append(flows)
+        return finish(flows, make_plan(flows))
+
+    calibration = Calibration(reading.flows, source.batches, replace(options, progress=step))
+    converted = calibration.run(rewrite)
+    name_source(converted, request.model)
+    chosen = Conversion(reading.model, used[0].recipe, reading.example, [("", used[0])], True)
+    step("checking")
+    checks = quick_checks(chosen, converted)
+    facts = describe(chosen, plan_of(converted), converted, request)
+    if output is not None:
+        save(converted, output, overwrite)
+    facts["calibration"] = calibration.report.to_dict()
+    facts["recipe_text"] = used[0].recipe.to_yaml()
+    seconds = round(time.perf_counter() - start, 2)
+    return {**facts, "checks": [asdict(c) for c in checks], "seconds": seconds, "output": output and str(output)}
+
+
+def compare_checkpoint(
+    file: str, source: str | None, weights: Path | None, images: ImageRequest, labels: bool, step: Step
+) -> Verdict:
+    """A checkpoint beside its source network, on images.
+
+    `source` names the network of a checkpoint that was made from a user's own; without `weights` the library's trained
+    ones are taken. `labels` says that the images' labels are the network's classes.
+
+    Raises:
+        OctifyError: whatever keeps them from being compared.
+    """
+    if not is_checkpoint(file):
+        raise CalibrationError(f"{file} is no checkpoint: images compare a converted network with its source")
+    header, _ = read_checkpoint(file)
+    step("building the source")
+    name = source or header.origin.source
+    if name is None:
+        raise CalibrationError(f"{file} does not say what network it was made from: add --source MODEL --weights FILE")
+    own = weights is not None or (":" in name and name.partition(":")[0] not in ("torchvision", "timm"))
+    model = build_model(name, pretrained=not own, weights=weights)
+    loaded = load(file, model)
+    found = images.load(preprocessing(model))
+    if labels and found.labels is None:
+        raise CalibrationError(
+            f"{images.place}: has no labels; expected one subfolder per class, or images with labels"
+        )
+    step("comparing")
+    return compare(model, loaded, found.batches, found.labels if labels else None)
+
+
+def list_sensitivities(request: Request, images: ImageRequest, step: Step) -> list[dict[str, Any]]:
+    """What each bundle of layers would lose at several alphas: the outputs' error as a share of their variance.
+
+    Raises:
+        OctifyError: whatever keeps that from being measured.
+    """
+    source, reading = _read(request, images, step)
+    flows = reading.flows
+    data = read_images(flows.trace, source.batches, images.samples)
+    felt = channel_loss(flows, data.trace, data.some(128))
+    levers = find_levers(flows, felt)
+    curves = measure_curves(flows, data, levers, step)
+    return [
+        {
+            "layers": list(lever.writers),
+            "channels": sum(map(len, lever.steps)),
+            "loss": {f"{share:g}": curve.at(share * len(lever.steps)) for share in SHARES},
+        }
+        for lever, curve in zip(levers, curves, strict=True)
+    ]
+
+
+def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, Conversion]:
+    """The images, and the source traced at their size."""
+    step(f"reading {images.place}")
+    source = images.load(preprocessing(resolve(request.model)))
+    shape = example_of_batches(source.batches)
+    step(f"building and tracing {request.model}")
+    reading = (request if shape is None else replace(request, input_size=shape[1:])).read()
+    if not reading.whole:
+        raise CalibrationError(f"{request.model} does not trace as a whole: calibrate its parts (backbone) in Python")
+    return source, reading
