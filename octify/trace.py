@@ -95,10 +95,17 @@ def _trace_mode(
             continue
         constant = getattr(shell, str(node.target))
         known = getattr(root, str(node.target), None)
-        if isinstance(known, Tensor) and not torch.equal(known, constant):
+        if isinstance(known, Tensor) and not _same_constant(known, constant):
             node.target = f"{node.target}_eval"
         setattr(root, str(node.target), constant)
     return graph
+
+
+def _same_constant(first: Tensor, second: Tensor) -> bool:
+    """Whether train and eval mode make the same constant; on meta there are no values to compare."""
+    if first.is_meta or second.is_meta:
+        return first.shape == second.shape and first.dtype == second.dtype
+    return torch.equal(first, second)
 
 
 def _shapes(example: tuple[Any, ...]) -> str:
@@ -244,7 +251,7 @@ class FixedTracer(SymbolicTracer):
     def _value(self, kind: str, target: Any, node: fx.Node) -> Any:
         if kind == "placeholder":
             index = sum(other.op == "placeholder" for other in self.graph.nodes) - 1
-            return self.example[index] if index < len(self.example) else None
+            return self.example[index] if index < len(self.example) else next(iter(node.args), None)
         if kind == "output":
             return None
         if kind == "get_attr":

@@ -138,7 +138,7 @@ class _Census:
         row.octave_share = f"{share:.3f}" if total else "-"
         row.opaque = _opaque(decided)
         self.saved = sum(call.macs * (1 - call.ratio) for call in eligible)
-        if share < 0.5:
+        if share < 0.9:
             left = {call.path: call.macs for call in eligible if call.path not in octave}
             row.say("share", _why_dense(decided, left))
 
@@ -309,7 +309,11 @@ def _called(model: nn.Module, node: Any) -> nn.Module | None:
 
 def _opaque(decided: Plan) -> str:
     """What stays dense between a merge and a split although maps flow through it."""
-    found = {op.type if op.type != "function" else op.target for op in decided.ops if op.kind == "opaque" and op.reads}
+    found = {
+        op.target if op.type in ("function", "method") else op.type
+        for op in decided.ops
+        if op.kind == "opaque" and op.reads
+    }
     return " ".join(sorted(found))
 
 
