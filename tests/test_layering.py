@@ -32,12 +32,14 @@ parts cost
 calibrate
 convert
 conversion
-optimize
+optimize runtimes
 tensors oracles plan_recipe
-checkpoint bench export verify
+checkpoint verify
+export
+bench
 jobs report
 calibrate_jobs report_calibration
-cli_calibrate
+cli_calibrate cli_speed
 cli
 """.splitlines()
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
