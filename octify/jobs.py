@@ -150,7 +150,7 @@ def describe(reading: Conversion, plan: Plan, converted: nn.Module, request: Req
         "input_size": shapes[0] if len(shapes) == 1 else shapes,
         "alpha": reading.recipe.alpha,
         "recipe": request.recipe or reading.recipe.name,
-        "transfer": transfer_notes(op.form for op in plan.ops),
+        **({"transfer": lost} if (lost := transfer_notes(op.form for op in plan.ops)) else {}),
         "convolutions": count_convolutions(plan),
         "adapters": count_adapters(reading, converted),
         "parameters": {"before": before.parameters, "after": after.parameters},
@@ -164,7 +164,8 @@ def count_convolutions(plan: Plan) -> dict[str, Any]:
     total, changed = len(plan.convolutions), len(plan.converted)
     forms = Counter(op.form for op in plan.converted)
     counts = {"total": total, "octave": forms["octave"], "dense": total - changed}
-    return {**counts, "operators": dict(forms), "reasons": plan.reasons()}
+    mixed = {} if set(forms) <= {"octave"} else {"operators": dict(forms)}
+    return {**counts, **mixed, "reasons": plan.reasons()}
 
 
 def count_adapters(reading: Conversion, converted: nn.Module) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from octify.check import check_graph
-from octify.errors import TraceError
+from octify.errors import ModelError, TraceError
 from octify.graph import named_modules, set_module, sharing_copy, structural_copy
 from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe
@@ -27,7 +27,8 @@ def find_parts(model: nn.Module, example: tuple[Any, ...], recipe: Recipe, failu
     The model runs once, in eval mode on random numbers, to see what its submodules are given.
 
     Raises:
-        TraceError: the model cannot be run on the example, or no submodule traces.
+        ModelError: the model does not run on the example.
+        TraceError: no submodule traces.
     """
     inputs = _record_inputs(sharing_copy(model).eval(), example, failure)
     found = list(_walk(model, "", inputs, recipe))
@@ -123,18 +124,19 @@ def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceErr
     with torch.no_grad(), ExitStack() as stack:
         for path, module in named_modules(model):
             stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        _run(model, real, failure)
+        _run(model, real)
     return found
 
 
-def _run(model: nn.Module, example: list[Tensor], failure: TraceError) -> None:
+def _run(model: nn.Module, example: list[Tensor]) -> None:
     """Runs the model on the tensors, or on the first one's images as a list (detectors)."""
     reasons: list[str] = []
     for arguments in (tuple(example), (list(example[0]),)):
         try:
             model(*arguments)
         except Exception as error:  # a model's forward may raise anything
-            reasons.append(f"{type(error).__name__}: {error}")
+            reasons.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
             return
-    raise TraceError(f"{failure}\n  parts: the model does not run on the example: {'; '.join(reasons)}")
+    shapes = ", ".join("x".join(map(str, value.shape)) for value in example)
+    raise ModelError(f"{type(model).__name__} does not run on an input of {shapes}: {reasons[0]}")

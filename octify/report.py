@@ -39,7 +39,7 @@ def plan_report(facts: Mapping[str, Any], plan: Plan) -> RenderableType:
 def _head(facts: Mapping[str, Any], weights: str = "") -> Text:
     sizes = facts["input_size"]
     shape = "x".join(map(str, sizes)) if sizes and isinstance(sizes[0], int) else str(sizes)
-    lost = facts["transfer"]
+    lost = facts.get("transfer", [])
     alpha = "" if lost and not facts["convolutions"]["octave"] else f", alpha {facts['alpha']:g}"
     line = Text.assemble((facts["source"], "bold"), f" at {shape}, recipe {facts['recipe']}{alpha}")
     line.append(f", {weights}" if weights else "")
@@ -50,7 +50,7 @@ def _head(facts: Mapping[str, Any], weights: str = "") -> Text:
 
 def _counted(found: Mapping[str, Any]) -> str:
     """`16 of 53 octave`, `12 octave and 4 compconv of 53`."""
-    operators = found["operators"]
+    operators = found.get("operators", {"octave": found["octave"]})
     if len(operators) > 1:
         return " and ".join(f"{count} {name}" for name, count in operators.items()) + f" of {found['total']}"
     name, count = next(iter(operators.items()), ("octave", 0))
