@@ -14,9 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.problems import Problem, can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS, Sums, choose
 from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
+from octify.compconv import CompConv
 from octify.errors import CalibrationError
 from octify.layers import OctConv, Split
 from octify.module import OctaveModule
@@ -79,7 +81,7 @@ def fit_kernels(
             name, module = str(node.target), converted.get_submodule(str(node.target))
             outputs = _run_until(source, dense_nodes, partner[node])
             # A module called again keeps what its first call was fitted to.
-            if name not in done and (isinstance(module, OctConv) or (altered and dense_too)):
+            if name not in done and (isinstance(module, OctConv | CompConv) or (altered and dense_too)):
                 done.add(name)
                 fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
                 if progress:
@@ -93,7 +95,9 @@ def fit_kernels(
 
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(converted.get_submodule(str(node.target)), (OctConv, Split))
+    return node.op == "call_module" and isinstance(
+        converted.get_submodule(str(node.target)), OctConv | Split | CompConv
+    )
 
 
 def pair_layers(nodes: Sequence[fx.Node], converted: OctaveModule) -> dict[fx.Node, fx.Node]:
@@ -136,6 +140,11 @@ def _fit_layer(
 ) -> list[Fitted]:
     inputs = octave.arguments(node)
     shifts = _shifts(octave.root, node)
+    if isinstance(module, CompConv):
+        given = [cast(Tensor, args[0]) for args in inputs]
+        ridge = RIDGE if len(strengths) > 1 else strengths[0]
+        before, after = fit_compact(module, given, targets, shifts.get("high"), ridge, dice.initial_seed())
+        return [Fitted(str(node.target), "high", before, after, ridge)]
     found: list[Fitted] = []
     for problem in problems_of(module):
         shift = shifts.get(problem.band)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octify.bands import path_groups, take
+from octify.compconv import CompConv
 from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d
 from octify.layout import Layout
 from octify.octconv import as_tuple, conv_axes
@@ -192,7 +193,7 @@ DENSE: dict[type[nn.Module], type[OctConv]] = {nn.Conv1d: OctConv1d, nn.Conv2d: 
 
 def can_fit(module: nn.Module) -> bool:
     """Whether a layer's kind can be fitted."""
-    return isinstance(module, OctConv) or type(module) in (*DENSE, nn.Linear)
+    return isinstance(module, OctConv | CompConv) or type(module) in (*DENSE, nn.Linear)
 
 
 def problems_of(module: nn.Module) -> list[Problem]:
