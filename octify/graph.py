@@ -60,11 +60,11 @@ _SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, 
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = cast(Any, type(value))
     if isinstance(value, _SIMPLE):
         return value
-    if kind in (OrderedDict, set) and not value:  # a dozen a module: hooks
-        return kind()
+    kind = type(cast(object, value))
+    if kind is OrderedDict and not value:  # a dozen a module: hooks
+        return OrderedDict[Any, Any]()
     if kind is dict:
         entries = cast("dict[Any, Any]", value).items()
         return {key: memo[id(item)] if id(item) in memo else _copy_value(item, memo) for key, item in entries}

@@ -158,7 +158,7 @@ def test_a_conversion_that_changes_nothing_is_an_error_with_reasons() -> None:
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     recipe = Recipe.from_dict({"version": 1, "layers": [{"match": "sied", "alpha": 0.5}]})
-    with pytest.raises(RecipeError, match="closest +side"):
+    with pytest.raises(RecipeError, match=r"closest +side"):
         octify.plan(Residual(), recipe=recipe, example_inputs=SHAPE)
 
 
