@@ -103,8 +103,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], overwrite: bool = False
         raise CheckpointError(f"{type(model).__name__} is on the meta device: {ghosts[0]} has no values to save")
     tensors, strides, aliases = pack(found)
     text = _header_of(model, strides, aliases).to_text()
-    metadata = {"octify_format": str(FORMAT), "octify": text, "digest": _digest(text, tensors)}
-    _write(tensors, metadata, target)
+    # One entry: the file's own order of several differs from run to run.
+    entry = json.dumps({"format": FORMAT, "digest": _digest(text, tensors), "header": text})
+    _write(tensors, {"octify": entry}, target)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -152,27 +153,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Ten
         raise CheckpointError(f"{path}: there is no such file")
     try:
         with cast(Any, safe_open)(path, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            _check_format(metadata, path)
+            entry = _entry_of(file.metadata() or {}, path)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated, or no .safetensors file: {error}") from error
-    if _digest(metadata["octify"], tensors) != metadata.get("digest"):
+    if _digest(entry["header"], tensors) != entry["digest"]:
         raise CheckpointError(f"{path} was altered after it was saved: weights and plan are not the ones signed there")
     try:
-        return Header.from_text(metadata["octify"]), tensors
+        return Header.from_text(entry["header"]), tensors
     except (KeyError, TypeError, ValueError, AttributeError, OctifyError) as error:
         raise CheckpointError(f"{path} holds no plan that octify {__version__} understands: {error}") from error
 
 
-def _check_format(metadata: Mapping[str, str], path: object) -> None:
-    version = metadata.get("octify_format", "")
-    if not version.isdigit() or "octify" not in metadata:
-        raise CheckpointError(f"{path} is no checkpoint of octify's: its metadata lack octify_format")
-    if int(version) != FORMAT:
+def _entry_of(metadata: Mapping[str, str], path: object) -> dict[str, str]:
+    """What octify wrote into the metadata: `digest` and `header`."""
+    try:
+        entry: dict[str, Any] = json.loads(metadata["octify"])
+        version, known = int(entry["format"]), {"digest": str(entry["digest"]), "header": str(entry["header"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of octify's: its metadata hold no plan") from error
+    if version != FORMAT:
         raise CheckpointError(
             f"{path} has format {version}, octify {__version__} reads format {FORMAT}: use a newer octify"
         )
+    return known
 
 
 def rebuild(source: nn.Module, header: Header) -> nn.Module:
