@@ -100,8 +100,11 @@ def metadata_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def trace_program(model: nn.Module, inputs: Sequence[Tensor], backend: str) -> tuple[Any, tuple[str, ...]]:
-    """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can.
+def trace_program(
+    model: nn.Module, inputs: Sequence[Tensor], backend: str, fixed: bool = False
+) -> tuple[Any, tuple[str, ...]]:
+    """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can,
+    or none if `fixed`.
 
     Raises:
         BackendError: it cannot be traced with any.
@@ -109,7 +112,11 @@ def trace_program(model: nn.Module, inputs: Sequence[Tensor], backend: str) -> t
     ready = copy.deepcopy(model).cpu().eval()
     form = optimize(ready, backend, tuple(inputs))
     how = getattr(getattr(model, "octify_plan", None), "how", "symbolic")
-    tries = {"symbolic": (("batch", "size"), ("batch",), ()), "free batch": (("batch",), ())}.get(how, ((),))
+    tries = (
+        ((),)
+        if fixed
+        else {"symbolic": (("batch", "size"), ("batch",), ()), "free batch": (("batch",), ())}.get(how, ((),))
+    )
     reasons: list[str] = []
     for axes in tries:
         try:

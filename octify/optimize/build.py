@@ -64,6 +64,8 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
     module = flatten(model, example)
     if backend == "eager":
         return _for_eager(module, example)
+    if backend == "compile":
+        return _for_compile(module)
     return module
 
 
@@ -90,6 +92,11 @@ def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
         inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
         module.octify_passes |= lower_eager(module, inputs)
     return _finished(module)
+
+
+def _for_compile(module: Optimized) -> nn.Module:
+    """Compiled with its weights frozen, so that inductor lays them out for oneDNN and fuses what follows them."""
+    return cast(nn.Module, torch.compile(module.to(memory_format=torch.channels_last), options={"freezing": True}))
 
 
 def _finished(module: Optimized) -> Optimized:
