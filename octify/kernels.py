@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,10 +146,11 @@ def fits_always(axis: Axis, taps: Taps, to_low: bool, right: int) -> bool:
 def fold_weight(weight: Tensor, taps: Sequence[Taps]) -> Tensor:
     """The weight (…, k1, …, kn) on another grid, one `Taps` per kernel axis; a new tensor of the weight's dtype."""
     kernel = [len(tap.matrix) for tap in taps]
-    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    numbers: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+    matrix = torch.ones(1, 1, **numbers)
     for tap in taps:
-        matrix = torch.kron(matrix, torch.tensor(tap.matrix, dtype=torch.float64, device="cpu"))
-    if matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, torch.eye(len(matrix), dtype=torch.float64, device="cpu")):
+        matrix = torch.kron(matrix, torch.tensor(tap.matrix, **numbers))
+    if matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, torch.eye(len(matrix), **numbers)):
         return weight.clone(memory_format=torch.contiguous_format)
     # Half precision has too few digits to add up in.
     exact = torch.promote_types(weight.dtype, torch.float32)
