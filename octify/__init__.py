@@ -2,8 +2,10 @@
 
 from octify.checkpoint import load, save
 from octify.convert import convert, plan, plan_of
+from octify.export import export
 from octify.layers import Merge, OctConv1d, OctConv2d, OctConv3d, Split
 from octify.layout import Layout
+from octify.optimize import optimize
 from octify.plan import Plan
 from octify.recipe import Recipe, load_recipe
 from octify.rules.base import Bands, Rule, register
@@ -11,5 +13,5 @@ from octify.version import __version__
 
 __all__ = [
     "Bands", "Layout", "Merge", "OctConv1d", "OctConv2d", "OctConv3d", "Plan", "Recipe", "Rule", "Split", "__version__",
-    "convert", "load", "load_recipe", "plan", "plan_of", "register", "save",
+    "convert", "export", "load", "load_recipe", "optimize", "plan", "plan_of", "register", "save",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from octify import report
+from octify import cli_speed, report
 from octify.calibrate_jobs import compare_checkpoint, convert_calibrated, list_sensitivities
 from octify.cli_calibrate import (
     Distil,
@@ -344,6 +344,9 @@ def _weights(request: Request) -> str:
     if request.pretrained:
         return "pretrained weights"
     return f"weights of {request.weights}" if request.weights else f"random weights (seed {request.seed})"
+
+
+cli_speed.register(app, working, print_facts, parse_size)
 
 
 def main() -> None:

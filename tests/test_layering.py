@@ -38,7 +38,7 @@ checkpoint verify
 export
 bench
 jobs report
-calibrate_jobs report_calibration
+calibrate_jobs report_calibration report_speed
 cli_calibrate cli_speed
 cli
 """.splitlines()

@@ -1,6 +1,10 @@
 """`bench`: a dense and an octave network side by side on this machine."""
 
-from octify.bench.compare import Comparison, bench, compare
+from octify.bench.bundles import BundleTiming, Faster, only_faster, reach_latency
+from octify.bench.compare import Comparison, bench, compare, mac_ratio
 from octify.bench.runners import Settings
 
-__all__ = ["Comparison", "Settings", "bench", "compare"]
+__all__ = [
+    "BundleTiming", "Comparison", "Faster", "Settings", "bench", "compare", "mac_ratio", "only_faster",
+    "reach_latency",
+]  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from octify.optimize.forms import ACTS
+
 # How oneDNN's PyTorch operators call an activation, and its numbers.
 ATTRS: dict[str, tuple[str, tuple[float, ...], str]] = {
     "": ("none", (), ""),
@@ -58,14 +60,16 @@ class PackedConv(nn.Module):
         if x.shape != self.size:
             self.pack(x.shape)
         geometry = (self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
-        name, numbers, algorithm = self.unary
         if onto is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *geometry, name, numbers, algorithm)
-        unary = (None if name == "none" else name, numbers, algorithm or None)
+            return torch.ops.mkldnn._convolution_pointwise(x, *geometry, *self.unary)
+        # After a sum, oneDNN's operators know no activation but this one.
+        sum_ = ("add", 1.0, "relu" if self.act == "relu" else None, [], None)
         if self.overwrite:
-            return torch.ops.mkldnn._convolution_pointwise_(onto, x, *geometry, "add", 1.0, *unary)
-        onto = onto.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise(x, onto, *geometry, "add", 1.0, *unary)
+            out = torch.ops.mkldnn._convolution_pointwise_(onto, x, *geometry, *sum_)
+        else:
+            onto = onto.contiguous(memory_format=torch.channels_last)
+            out = torch.ops.mkldnn._convolution_pointwise(x, onto, *geometry, *sum_)
+        return out if self.act in ("", "relu") else ACTS[self.act](out)
 
     def extra_repr(self) -> str:
         """Geometry, activation and whether it overwrites."""

@@ -1,0 +1,133 @@
+"""The commands that measure and export: `octify bench` and `octify export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from octify.bench import Settings, bench, only_faster, reach_latency
+from octify.checkpoint import build_source, check_target, load, read_checkpoint
+from octify.conversion import Conversion
+from octify.errors import ModelError
+from octify.export import export
+from octify.jobs import Request, is_checkpoint
+from octify.recipe import Recipe
+from octify.report_speed import bundles_table, comparisons_table
+
+Working = Callable[[bool], Any]
+Shape = Callable[[str | None], tuple[int, ...] | None]
+
+
+def register(app: typer.Typer, working: Working, print_facts: Callable[..., None], parse_size: Shape) -> None:
+    """Adds the commands to the program."""
+
+    @app.command("bench")
+    def bench_command(  # pyright: ignore[reportUnusedFunction]
+        model: Annotated[str, typer.Argument(metavar="MODEL|FILE", show_default=False)],
+        alpha: Annotated[float | None, typer.Option(help="Share of low channels.")] = None,
+        recipe: Annotated[str | None, typer.Option(metavar="FILE|NAME", help="A recipe.")] = None,
+        input_size: Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape.")] = None,
+        backend: Annotated[str, typer.Option(help="eager,compile,onnxruntime,openvino: one or several.")] = "eager",
+        threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+        batch: Annotated[int, typer.Option(help="Images a call.")] = 1,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        channels_last: Annotated[bool | None, typer.Option(help="Memory format; the usually faster one.")] = None,
+        train: Annotated[bool, typer.Option(help="Forward, backward and step.")] = False,
+        optimize: Annotated[bool, typer.Option(help="Both networks through octify.optimize.")] = True,
+        rounds: Annotated[int, typer.Option(help="Pairs to measure.")] = 30,
+        layers: Annotated[bool, typer.Option("--layers", help="Each bundle of convolutions octave and dense.")] = False,
+        only_faster: Annotated[bool, typer.Option("--only-faster", help="The same; keep what wins.")] = False,
+        target_latency: Annotated[float | None, typer.Option(help="ms: the least alpha that gets there.")] = None,
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe to write.")] = None,
+        overwrite: Annotated[bool, typer.Option(help="Replace the output if it is there.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    ) -> None:
+        """Measure dense against octave on this machine, call by call in turn."""
+        with working(quiet or as_json) as step:
+            request = Request(model, alpha, recipe, None, parse_size(input_size))
+            options: dict[str, Any] = {
+                "threads": threads,
+                "device": device,
+                "dtype": dtype,
+                "channels_last": channels_last,
+            }
+            options |= {"train": train, "optimized": optimize}
+            backends = [name.strip() for name in backend.split(",") if name.strip()]
+            if layers or only_faster or target_latency is not None:
+                settings = Settings(backend=backends[0], **options).checked()
+                facts = _search(request, settings, target_latency, output, overwrite, rounds, step)
+            else:
+                dense, octave = _pair(request)
+                found = bench(dense, octave, backends=backends, batch=batch, rounds=rounds, progress=step, **options)
+                facts = {"model": model, "comparisons": [each.to_dict() for each in found]}
+        table = comparisons_table if "comparisons" in facts else bundles_table
+        print_facts(facts, lambda: table(facts), as_json, quiet)
+
+    @app.command("export")
+    def export_command(  # pyright: ignore[reportUnusedFunction]
+        checkpoint: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.", show_default=False)],
+        output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
+        format: Annotated[str | None, typer.Option(metavar="onnx|pt2|openvino", help="By the ending, else.")] = None,
+        overwrite: Annotated[bool, typer.Option(help="Replace the output if it is there.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    ) -> None:
+        """Write a checkpoint for another runtime: optimised, checked there, and free of octify."""
+        with working(quiet or as_json) as step:
+            step(f"exporting {checkpoint}")
+            done = export(checkpoint, output, format, overwrite=overwrite)
+        facts = {**asdict(done), "path": str(done.path)}
+        open_axes = " and ".join(done.dynamic) or "nothing"
+        text = f"{done.path}: {done.format}, {open_axes} open, off by {done.error:.1e} of the greatest output"
+        print_facts(facts, lambda: text, as_json, quiet)
+
+
+def _pair(request: Request) -> tuple[Any, Any]:
+    """The dense network, and the octave one made of it or loaded."""
+    if is_checkpoint(request.model):
+        octave = load(request.model)
+        header, _ = read_checkpoint(request.model)
+        source = build_source(header, Path(request.model))
+        reading = Conversion.read(source, Recipe.uniform(0.0), header.origin.example())
+        return reading.apply(reading.plan()), octave
+    reading = request.read()
+    octave = reading.run()
+    plain = Conversion.read(reading.model, Recipe.uniform(0.0), reading.example)
+    return plain.apply(plain.plan()), octave
+
+
+def _search(
+    request: Request,
+    settings: Settings,
+    target: float | None,
+    output: Path | None,
+    overwrite: bool,
+    rounds: int,
+    step: Callable[[str], None],
+) -> dict[str, Any]:
+    if is_checkpoint(request.model):
+        raise ModelError(f"{request.model} is converted already: name its source to choose where to convert it")
+    if output is not None:
+        check_target(output, overwrite)
+    reading = request.read()
+    arguments = (reading.example, settings, min(rounds, 10), step)
+    if target is None:
+        found = only_faster(reading.model, reading.recipe, *arguments)
+    else:
+        found = reach_latency(reading.model, reading.recipe, target, *arguments)
+    if output is not None:
+        output.write_text(found.text, encoding="utf-8")
+    return {
+        "model": request.model,
+        "dense_ms": found.dense_ms,
+        "octave_ms": found.octave_ms,
+        "bundles": [asdict(bundle) for bundle in found.bundles],
+        "recipe": found.text,
+        "output": output and str(output),
+    }

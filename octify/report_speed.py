@@ -1,0 +1,51 @@
+"""What `octify bench` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def comparisons_table(facts: Mapping[str, Any]) -> Table:
+    """One row a backend; quotient 1 means that the whole saving is real."""
+    table = Table(
+        "backend", "dense ms", "octave ms", "ratio", "multiply-adds", "quotient", "peak MiB", title=facts["model"]
+    )
+    for found in facts["comparisons"]:
+        table.add_row(*row_of(found))
+    return table
+
+
+def row_of(found: Mapping[str, Any]) -> Sequence[str]:
+    """A comparison's cells."""
+    low, high = found["ratio_quartiles"]
+    peaks = (found["dense_peak_mib"], found["octave_peak_mib"])
+    return (
+        found["backend"],
+        _timing(found["dense"]),
+        _timing(found["octave"]),
+        f"{found['ratio']:.3f} ({low:.3f}-{high:.3f})",
+        f"{found['mac_ratio']:.3f}",
+        f"{found['quotient']:.3f}",
+        " / ".join("-" if peak is None else f"{peak:.1f}" for peak in peaks),
+    )
+
+
+def _timing(found: Mapping[str, Any]) -> str:
+    low, high = found["quartiles"]
+    return f"{found['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def bundles_table(facts: Mapping[str, Any]) -> Table:
+    """One row a bundle, and the recipe that keeps what wins below."""
+    end = f"dense {facts['dense_ms']:.2f} ms, recipe {facts['octave_ms']:.2f} ms\n{facts['recipe']}"
+    table = Table("convolutions", "octave ms", "dense ms", "kept", title=facts["model"], caption=end)
+    for row in facts["bundles"]:
+        names = row["convolutions"]
+        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        table.add_row(
+            label, f"{row['octave_ms']:.2f}", f"{row['dense_ms']:.2f}", "octave" if row["octave"] else "dense"
+        )
+    return table

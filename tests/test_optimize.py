@@ -1,0 +1,153 @@
+"""The optimised form computes what the network computes, at the example's size and at others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import octify
+from octify.errors import BackendError
+from octify.layers import OctConv
+from octify.optimize import Optimized, flatten, optimize
+from octify.optimize import passes as graph_passes
+from octify.optimize.stack import stack_low
+from octify.resample import pool_low
+
+NETS = {
+    "resnet18": lambda: torchvision.models.resnet18(),
+    "resnext": lambda: timm.create_model("resnext26ts"),
+    "densenet121": lambda: torchvision.models.densenet121(),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(),
+    "mobilenetv1": lambda: timm.create_model("mobilenetv1_100"),
+    "se": lambda: timm.create_model("seresnet18"),
+    "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(),
+    "googlenet": lambda: torchvision.models.googlenet(init_weights=False),
+}
+
+
+def ready(net: nn.Module) -> nn.Module:
+    """With batch norms that do something."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.2, 0.2),
+            ):
+                with torch.no_grad():
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return net.eval()
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def converted(name: str, alpha: float = 0.5, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    return octify.convert(ready(NETS[name]()), alpha=alpha, example_inputs=(1, 3, 64, 64), **more).eval()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_eager_form_computes_the_same_at_any_size(name: str) -> None:
+    octave = converted(name)
+    form = optimize(octave, "eager")
+    for size in ((64, 64), (75, 91), (64, 64)):
+        image = torch.rand(2, 3, *size)
+        with torch.inference_mode():
+            assert relative(form(image), octave(image)) < 1e-5, size
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_other_alphas_and_the_papers_kernels(alpha: float) -> None:
+    for kernels in ("fold", "paper"):
+        octave = converted("resnet18", alpha, kernels=kernels)
+        image = torch.rand(1, 3, 61, 64)
+        with torch.inference_mode():
+            assert relative(optimize(octave)(image), octave(image)) < 1e-5
+
+
+def test_a_dense_network_gets_the_same_passes() -> None:
+    net = ready(torchvision.models.resnet18())
+    form = optimize(net, "eager", (1, 3, 64, 64))
+    image = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative(form(image), net(image)) < 1e-5
+    assert form.octify_passes["batch norm into convolutions"] == 20
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-12)])
+def test_other_types_within_their_rounding(dtype: torch.dtype, limit: float) -> None:
+    octave = converted("resnet18").to(dtype)
+    image = torch.rand(2, 3, 64, 64).to(dtype)
+    with torch.inference_mode():
+        wanted = copy.deepcopy(octave).double()(image.double())
+        found = optimize(octave)(image)
+    assert found.dtype == dtype and relative(found.double(), wanted) < limit
+
+
+def test_the_given_network_stays_as_it_is() -> None:
+    octave = converted("resnet18").train()
+    before = {name: value.clone() for name, value in octave.state_dict().items()}
+    optimize(octave)
+    assert octave.training and any(isinstance(module, OctConv) for module in octave.modules())
+    assert all(torch.equal(value, before[name]) for name, value in octave.state_dict().items())
+
+
+def flat(name: str = "resnet18") -> Optimized:
+    return flatten(converted(name), (torch.empty(1, 3, 64, 64, device="meta"),))
+
+
+def test_each_pass_leaves_nothing_to_do() -> None:
+    form = flat()
+    kinds = {type(module) for module in form.modules()}
+    assert not kinds & {nn.BatchNorm2d, OctConv, octify.OctConv2d}
+    pools = [node.args[0] for node in form.graph.nodes if node.target is pool_low]
+    assert len(pools) == len(set(pools)), "one pooling for all readers"
+    for step in (graph_passes.drop_idle, graph_passes.share_pools, graph_passes.gather_acts):
+        assert step(form) == 0
+
+
+def test_stacking_the_low_paths_changes_nothing() -> None:
+    form, image = flat(), torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = form(image)
+        assert stack_low(form) > 0
+        form.recompile()
+        assert relative(form(image), before) < 1e-5
+
+
+def test_a_map_that_someone_else_reads_is_not_written_over() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            y = self.b(x) + x
+            return torch.relu(self.c(y) + x) * x.mean() + y
+
+    net = Twice().eval()
+    octave = octify.convert(net, alpha=0.5, example_inputs=(1, 16, 32, 32)).eval()
+    image = torch.rand(1, 16, 32, 32)
+    kept = image.clone()
+    for model in (net, octave):
+        form = optimize(model, "eager", (1, 16, 32, 32))
+        with torch.inference_mode():
+            assert relative(form(image), model(image)) < 1e-5
+            assert relative(form(image), model(image)) < 1e-5, "the second call differs"
+    assert torch.equal(image, kept)
+
+
+def test_an_unknown_backend_names_those_there_are() -> None:
+    with pytest.raises(BackendError, match="eager, compile, onnxruntime, openvino"):
+        optimize(converted("resnet18"), "tensorrt")
