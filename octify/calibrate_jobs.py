@@ -136,7 +136,9 @@ def list_sensitivities(request: Request, images: ImageRequest, step: Step) -> li
 def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, Conversion]:
     """The images, and the source traced at their size."""
     step(f"reading {images.place}")
-    source = images.load(preprocessing(resolve(request.model)))
+    spec = resolve(request.model)
+    own = spec.library in ("file", "module")  # a user's factory may load weights, which it cannot on meta
+    source = images.load(preprocessing(request.build() if own else spec))
     shape = example_of_batches(source.batches)
     step(f"building and tracing {request.model}")
     reading = (request if shape is None else replace(request, input_size=shape[1:])).read()
