@@ -76,7 +76,7 @@ def main() -> None:
     plot(shown)
     text = table(shown)
     print(text)
-    write_readme(f"{text}\n\n![accuracy kept against multiply-adds](docs/{PLOT.name})")
+    write_readme(f"{text}\n\n![accuracy kept against multiply-adds](tests/fidelity/{PLOT.name})")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
-CSV, PLOT, README = ROOT / "docs" / "fidelity.csv", ROOT / "docs" / "fidelity.svg", ROOT / "README.md"
+HERE = Path(__file__).parent
+CSV, PLOT, README = HERE / "fidelity.csv", HERE / "fidelity.svg", HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- fidelity:begin -->", "<!-- fidelity:end -->"
 COSTS = (0.8, 0.65, 0.5)
 
