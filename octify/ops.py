@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octify import resample
+from octify.errors import TraceError
 from octify.resample import up_to
 
 
@@ -148,6 +149,15 @@ def _pad(x: Tensor, pads: Sequence[int], mode: str, value: float) -> Tensor:
         left, right = pads[2 * axis : 2 * axis + 2]
         x = F.pad(x, [0, 0] * axis + [min(left, 0), min(right, 0)])
     return resample.pad(x, mode, tuple(max(amount, 0) for amount in pads))
+
+
+def same_branch_(found: object, expected: bool) -> None:
+    """Raises where a size leads the source into another branch than the example's size did; kept without readers."""
+    if bool(found) != expected:
+        raise TraceError(
+            "this input's size takes the source through another branch than the example's: convert with "
+            "example_inputs of this size"
+        )
 
 
 WRAPPED = (

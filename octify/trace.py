@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from octify.errors import TraceError
 from octify.graph import get_attribute, map_nodes, meta_copy, record_values, sharing_copy
 from octify.modes import join_modes
+from octify.ops import same_branch_
 from octify.rules.base import rule_of_type
 
 
@@ -24,7 +26,8 @@ from octify.rules.base import rule_of_type
 class Trace:
     """What a model computes: a graph over the source's modules with a meta value on every node.
 
-    `how` is "symbolic" (any size), "free batch" (the example's size, any batch) or "fixed" (the example's shape).
+    `how` is "symbolic" (any size), "guarded" (any size at which the model takes the same branches as at the example's),
+    "free batch" (the example's size, any batch) or "fixed" (the example's shape).
     Where train and eval mode return different things, the graph's output node holds both, and `two_modes` is set.
     """
 
@@ -45,7 +48,7 @@ class Trace:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-WAYS = ("symbolic", "free batch", "fixed")
+WAYS = ("symbolic", "guarded", "free batch", "fixed")
 
 
 def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...] = WAYS) -> Trace:
@@ -57,7 +60,7 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
         TraceError: no way of tracing works; the message says what each one met.
     """
     failures: list[str] = []
-    tracers = {"symbolic": SymbolicTracer, "free batch": FreeBatchTracer, "fixed": FixedTracer}
+    tracers = dict(zip(WAYS, (SymbolicTracer, GuardedTracer, FreeBatchTracer, FixedTracer), strict=True))
     for how in ways:
         try:
             return _trace_both_modes(model, example, how, tracers[how])
@@ -75,6 +78,7 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
     graph._tracer_cls = SymbolicTracer  # pyright: ignore[reportPrivateUsage] - pickling retraces with octify's leaves
     notes = {
         "symbolic": [],
+        "guarded": [f"traced along the branches that the model takes at {_shapes(example)}: others raise an error"],
         "free batch": [f"traced with concrete sizes: the converted model runs at {_shapes(example)} only (any batch)"],
         "fixed": [f"traced with concrete shapes: the converted model runs at {_shapes(example)} with this batch only"],
     }
@@ -209,7 +213,14 @@ class ShapedProxy(fx.Proxy):
     def __bool__(self) -> bool:
         if isinstance(self.value, Tensor):
             raise TraceError("the model's control flow depends on a tensor's values")
+        cast(FixedTracer, self.tracer).guard(self)
         return bool(self.value)
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
 
 
 class FixedTracer(SymbolicTracer):
@@ -220,6 +231,9 @@ class FixedTracer(SymbolicTracer):
     def shape_of(self, proxy: ShapedProxy) -> Any:
         """The shape that the model sees."""
         return tuple(proxy.value.shape)
+
+    def guard(self, proxy: ShapedProxy) -> None:
+        """Called when a branch is taken by a number computed from sizes."""
 
     def proxy(self, node: fx.Node) -> ShapedProxy:
         """Wraps a node."""
@@ -281,6 +295,25 @@ class FreeBatchTracer(FixedTracer):
         batch = self.proxy(node)
         proxy.node.meta["batch_proxy"] = batch
         return (batch, *proxy.value.shape[1:])
+
+
+class GuardedTracer(FreeBatchTracer):
+    """Sizes stay symbols, and the branches that the model takes by them are asserted in the graph."""
+
+    def shape_of(self, proxy: ShapedProxy) -> Any:
+        """The shape as proxies of numbers."""
+        if "sizes" not in proxy.node.meta:
+            proxy.node.meta["sizes"] = tuple(self._size(proxy, axis) for axis in range(proxy.value.dim()))
+        return proxy.node.meta["sizes"]
+
+    def _size(self, proxy: ShapedProxy, axis: int) -> ShapedProxy:
+        node = self.create_node("call_method", "size", (proxy.node, axis), {})
+        node.meta.update(value=proxy.value.shape[axis], batch=True)
+        return self.proxy(node)
+
+    def guard(self, proxy: ShapedProxy) -> None:
+        """Adds a node that raises where the branch would not be the example's."""
+        self.create_node("call_function", same_branch_, (proxy.node, bool(proxy.value)), {})
 
 
 def _holds_tensor(value: object) -> bool:

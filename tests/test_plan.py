@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import octify
 from octify.convert import choose_recipe, read_flows
-from octify.errors import ConversionError, RecipeError
+from octify.errors import ConversionError, RecipeError, TraceError
 from octify.layout import Layout
 from octify.module import OctaveModule
 from octify.plan import Plan, make_plan
@@ -201,20 +201,38 @@ def test_a_trace_leaves_the_source_untouched() -> None:
     assert names == set(vars(model)) and flags == [module.training for module in model.modules()]
 
 
-def test_concrete_shapes_are_the_second_choice_and_keep_the_batch_free() -> None:
-    class Depends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+class Branches(nn.Module):
+    """Its control flow depends on its size; `whole` numbers cannot stay symbols."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(self.stem(x))
-            batch, channels, height, width = x.shape
-            if height % 2 == 0:
-                x = F.relu(x)
-            return self.b(x).reshape(batch, channels, height * width).mean(2)
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.whole = whole
 
-    model = Depends().eval()
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x))
+        batch, channels, height, width = x.shape
+        if height % 2 == 0:
+            x = F.relu(x)
+        for _ in range(height // 62 if self.whole else 1):
+            x = x + 1
+        return self.b(x).reshape(batch, channels, height * width).mean(2)
+
+
+def test_branches_by_size_are_the_second_choice_and_guarded() -> None:
+    model = Branches(whole=False).eval()
+    trace = trace_model(model, (torch.empty(1, 3, 64, 64, device="meta"),))
+    assert trace.how == "guarded"
+    converted = octify.convert(model, alpha=0.0, example_inputs=SHAPE).eval()
+    for size in ((5, 3, 64, 64), (2, 3, 46, 71)):
+        x = torch.randn(size)
+        assert torch.equal(converted(x), model(x))
+    with pytest.raises(TraceError, match="another branch"):
+        converted(torch.randn(1, 3, 47, 64))
+
+
+def test_concrete_shapes_are_the_third_choice_and_keep_the_batch_free() -> None:
+    model = Branches(whole=True).eval()
     trace = trace_model(model, (torch.empty(1, 3, 64, 64, device="meta"),))
     assert trace.how == "free batch"
     assert any("64x64 only" in note for note in trace.notes)

@@ -12,7 +12,7 @@ import torch
 import torchvision.ops
 from torch import fx, nn
 
-from octify.graph import input_nodes, value_of
+from octify.graph import input_nodes, nodes_in, value_of
 from octify.layout import Layout
 from octify.ops import full_shape, pad_bands, take_channels
 from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Rule, Ties, register
@@ -128,6 +128,8 @@ class GetItem(Rule):
         source, index = op.argument(0, ""), op.concrete(1, "")
         if isinstance(source, (tuple, list)):
             return source[index]  # pyright: ignore
+        if nodes_in(op.node.args[1]):
+            raise Dense("its slice depends on the map's size")
         chosen = self._channels(source, index)
         found = cast(Map, source)
         if self._cuts(found, index) and op.too_small(op.shape[axis] for axis in found.spatial):

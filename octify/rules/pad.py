@@ -9,7 +9,7 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes, slice_channels
+from octify.graph import input_nodes, nodes_in, slice_channels
 from octify.ops import pad_bands
 from octify.pooling import Twin
 from octify.rules.base import Bands, Build, Dense, Map, Op, Rule, Ties, register
@@ -26,6 +26,8 @@ class Pad(Rule):
         size = [op.shape[axis] for axis in source.spatial]
         if op.too_small(size):
             raise Dense(f"its map of {'x'.join(map(str, size))} is less than twice min_size")
+        if op.module is None and nodes_in((op.node.args[1:], op.node.kwargs.get("pad"))):
+            raise Dense("its padding depends on the map's size")
         pads, _, _ = self._arguments(op)
         if len(pads) > 2 * len(source.spatial) and any(pads[2 * len(source.spatial) :]):
             raise Dense("it pads more than the halved axes")

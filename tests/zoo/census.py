@@ -135,7 +135,7 @@ def main() -> None:
     """Measures what is missing and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", help="a glob over full names, such as 'timm:resne*'")
-    parser.add_argument("--names", help="a file of full names, one a line")
+    parser.add_argument("--names", help="a file of full names, one a line, measured in this order")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a network's time bound")
@@ -147,7 +147,8 @@ def main() -> None:
     rows = {**read_rows(COVERAGE), **read_rows(OTHERS)}
     wanted = [name for name in listed if fnmatch.fnmatchcase(name, given.only)]
     kept = {name for name, row in rows.items() if not row.reason.startswith("census:")}
-    names = in_turns([name for name in wanted if given.fresh or name not in kept])
+    left = [name for name in wanted if given.fresh or name not in kept]
+    names = left if given.names else in_turns(left)
     _run(names, rows, given.workers, given.seconds)
     write_summary(list(read_rows(COVERAGE).values()))
     return None

@@ -118,9 +118,9 @@ class _Census:
         if not row.converted:
             return
         self._describe(self.decided)
-        ghost = meta_copy(self.converted).eval().requires_grad_(False)
-        self._costs(ghost)
-        self._other_size(ghost)
+        self.octave = meta_copy(self.converted).eval().requires_grad_(False)
+        self._costs(self.octave)
+        self._other_size(self.octave)
         if real:
             self._oracles()
 
@@ -174,7 +174,7 @@ class _Census:
                     done.append("yes" if fits else "no")
                 except Exception as error:
                     done.append("no")
-                    fixed = "" if self.trace.how == "symbolic" else "traced with concrete sizes; "
+                    fixed = "" if self.trace.how == "symbolic" else f"{self.trace.how} trace: "
                     self.row.say("another size", fixed + brief(error))
         self.row.runs_other = "-" if not done else "no" if "no" in done else "yes"
 
@@ -195,14 +195,14 @@ class _Census:
 
     def _small_image(self) -> tuple[Tensor, ...] | None:
         """Random images of the smallest size at which the source runs; the traced size where that is fixed."""
-        if self.trace.how != "symbolic":
+        if self.trace.how not in ("symbolic", "guarded"):
             return tuple(torch.rand(2, *shape) for shape in self.shapes)
         for size in (*SMALL, 0):
             ends = (size, size) if size else self.shapes[0][-2:]
             image = tuple(torch.rand(2, *shape[:-2], *ends) for shape in self.shapes)
             ghosts = [value.to("meta") for value in image]
-            modes = (self.ghost.train(mode) for mode in (True, False))
-            if all(_try(ghost, ghosts) is not None for ghost in modes):
+            nets = (self.ghost, self.octave) if self.trace.how == "guarded" else (self.ghost,)
+            if all(_try(net.train(mode), ghosts) is not None for net in nets for mode in (True, False)):
                 return image
         return None
 
