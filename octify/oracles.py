@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from octify.graph import sharing_copy
-from octify.layers import Merge, OctConv, pool_low, up_to
+from octify.layers import Merge, OctConv, Split, pool_low, up_to
 
 TOLERANCE = 1e-5
 
@@ -178,3 +178,13 @@ def block_error(conv: nn.Module, octave: OctConv, size: int = 8) -> float:
     if pointwise:
         return relative_error(expected, Merge(gives, spatial)(given) if gives.low else given)
     return relative_error(pool_low(expected[:, list(gives.low_index)], spatial), given[1]) if gives.low else 0.0
+
+
+@torch.no_grad()
+def adapter_error(adapter: Split | Merge, size: int = 8) -> float:
+    """Oracle 3 for an adapter: a split and a merge give a map of 2 by 2 blocks back."""
+    layout, spatial = adapter.layout, adapter.spatial
+    image = block_image((2, layout.channels, *(size,) * spatial), spatial)
+    split = adapter if isinstance(adapter, Split) else Split(layout, spatial)
+    merge = adapter if isinstance(adapter, Merge) else Merge(layout, spatial)
+    return relative_error(image, merge(*split(image)))

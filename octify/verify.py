@@ -15,10 +15,10 @@ from octify.check import Check, structure_checks
 from octify.conversion import Conversion
 from octify.convert import plan_of
 from octify.graph import sharing_copy
-from octify.layers import OctConv
+from octify.layers import Merge, OctConv, Split
 from octify.module import graph_of_mode
 from octify.operators import transfer_notes
-from octify.oracles import TOLERANCE, block_error, constant_error, relative_error, same_bits, tensors_in
+from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
 from octify.plan import Flows, Plan
 from octify.recipe import Recipe
 
@@ -182,13 +182,15 @@ def _batch(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def block_checks(source: nn.Module, converted: nn.Module) -> list[Check]:
-    """Oracle 3 for every octave convolution beside the one in whose place it stands."""
+    """Oracle 3 for every octave convolution beside the one in whose place it stands, and for every adapter."""
     errors: list[float] = []
     modules = cast("dict[str, nn.Module]", dict(cast(Any, converted.named_modules())))
-    for name, conv in cast("list[tuple[str, nn.Module]]", list(cast(Any, source.named_modules()))):
-        octave = modules.get(name)
-        if isinstance(octave, OctConv) and _is_exact(octave):
-            errors.append(block_error(sharing_copy(conv).eval(), octave))
+    sources = cast("dict[str, nn.Module]", dict(cast(Any, source.named_modules())))
+    for name, module in modules.items():
+        if isinstance(module, OctConv) and name in sources and _is_exact(module):
+            errors.append(block_error(sharing_copy(sources[name]).eval(), module))
+        if isinstance(module, Split | Merge):
+            errors.append(adapter_error(module))
     worst = max(errors, default=0.0)
     return [Check("equal on 2x2 blocks, layer by layer", worst <= TOLERANCE, worst)] if errors else []
 
