@@ -8,7 +8,7 @@ EXTRAS := dev,export
 TESTS ?=
 ZOO ?=
 
-.PHONY: setup demo test lint paper zoo clean
+.PHONY: setup demo test lint fidelity paper zoo clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ paper: setup
 # Every network of torchvision and timm, one row each; rows that are there are kept (ZOO=--fresh measures all again).
 zoo: setup
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) tests.zoo.census $(ZOO)
+
+# Trains five small nets (cached), converts them step by step and measures what they keep; into the README as well.
+fidelity: setup
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) tests.fidelity.run --seed 0 --seed 1 --seed 2
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
