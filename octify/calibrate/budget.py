@@ -48,7 +48,11 @@ def uniform_counts(levers: Sequence[Lever], cost: CostModel, target: float) -> l
             low = middle
         else:
             high = middle
-    return [int(count) for count in np.floor(high * lengths)]
+    counts = np.floor(high * lengths)
+    for single in np.eye(len(levers)):  # where all levers have a step at the same alpha, not all need it
+        if (counts >= single).all() and float(cost.ratio(counts - single)) <= target:
+            counts = counts - single
+    return [int(count) for count in counts]
 
 
 def allocate(
@@ -82,7 +86,7 @@ def allocate(
 def _pull(
     counts: NDArray[np.float64], wanted: NDArray[np.float64], curves: Sequence[Curve], cost: CostModel, target: float
 ) -> NDArray[np.float64]:
-    tried = counts + np.diag(wanted - counts)
+    tried = counts + np.eye(len(counts)) * (wanted - counts)
     now = float(cost.ratio(counts))
     ratios = cost.ratio(tried)
     saved = np.minimum(now - ratios, now - target)  # what goes beyond the target is worth nothing

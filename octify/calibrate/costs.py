@@ -1,5 +1,8 @@
 """Multiply-adds of a network as a function of how far each lever is pulled, for many settings at once."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 import math
@@ -15,7 +18,7 @@ from octify.graph import nodes_in, shape_of, value_of
 from octify.kernels import half
 from octify.octconv import as_tuple, conv_axes
 from octify.plan import Flows
-from octify.routes import fold_high, fold_low
+from octify.routes import Route, fold_high, fold_low
 from octify.rules.base import Map, maps_in
 
 Counts = NDArray[np.float64]
@@ -66,7 +69,9 @@ def _row(
     sizes = _channels(module, reads, gives)
     per_step = [_low_per_step(flows, found, owner, lengths) for found in (reads[0] if reads else None, gives)]
     depthwise = groups == sizes[0] > 1
-    pairs = tuple(taps / (1 if depthwise else groups) for taps in _path_macs(module, node, gives))
+    pairs = tuple(
+        taps / (1 if depthwise else groups) for taps in _path_macs(module, node, reads[0] if reads else None, gives)
+    )
     return per_step[0], per_step[1], sizes, pairs, depthwise
 
 
@@ -80,14 +85,14 @@ def _low_per_step(
 ) -> NDArray[np.float64]:
     total = np.zeros(len(lengths))
     if found is not None:
-        for channel in found.ids.reshape(-1).tolist():
+        for channel in found.ids.ravel().tolist():
             root = flows.classes.find(channel)
             if root in owner:
                 total[owner[root]] += 1
     return total / lengths
 
 
-def _path_macs(module: Any, node: fx.Node, gives: Map) -> tuple[float, float, float, float]:
+def _path_macs(module: Any, node: fx.Node, reads: Map | None, gives: Map) -> tuple[float, float, float, float]:
     """Multiply-adds for one pair of channels on the paths hh, hl, lh, ll."""
     shape = shape_of(value_of(node)) or ()
     high = math.prod(shape[axis] for axis in range(1, len(shape)) if axis not in gives.channel)
@@ -97,10 +102,25 @@ def _path_macs(module: Any, node: fx.Node, gives: Map) -> tuple[float, float, fl
     if not kernel or getattr(module, "transposed", False):
         stride = math.prod(getattr(module, "stride", ())) if kernel else 1
         return (high * taps / stride, low * taps / stride, low * taps / stride, low * taps / stride)
-    padding = module.padding
-    axes = conv_axes(kernel, as_tuple(module.stride, len(kernel)), padding, as_tuple(module.dilation, len(kernel)))
+    axes = conv_axes(
+        kernel, as_tuple(module.stride, len(kernel)), module.padding, as_tuple(module.dilation, len(kernel))
+    )
     moved = min(2, len(axes))
-    low_taps = math.prod(fold_low(axes, moved, module.padding_mode).kernel)
-    lift = fold_high(axes, moved, module.padding_mode)
-    lifted = math.prod(lift.kernel) * (low if any(lift.low) else high)
-    return (high * taps, low * low_taps, lifted, low * low_taps)
+    routes = fold_low(axes, moved, module.padding_mode), fold_high(axes, moved, module.padding_mode)
+    sizes = None if reads is None else [half(n) if i in reads.spatial else n for i, n in enumerate(reads.shape)][2:]
+    expected = low, low if any(routes[1].low) else high
+    to_low, to_high = (_macs(route, sizes, grid) for route, grid in zip(routes, expected, strict=True))
+    return (high * taps, to_low, to_high, to_low)
+
+
+def _macs(route: Route, sizes: Sequence[int] | None, expected: float) -> float:
+    """Multiply-adds of a route on a low map; its convolution's grid can be larger than what is kept of it."""
+    taps = math.prod(route.kernel)
+    if sizes is None or route.same or route.pick or isinstance(route.padding, str):
+        return taps * expected
+    axes = len(sizes)
+    lengths = [-(-size // pool) for size, pool in zip(sizes, route.pool or (1,) * axes, strict=True)]
+    for _, amounts in route.pads:
+        lengths = [n + sum(amounts[2 * (axes - 1 - i) : 2 * (axes - i)]) for i, n in enumerate(lengths)]
+    rows = zip(lengths, route.padding, route.kernel, route.dilation, route.stride, strict=True)
+    return taps * math.prod((n + 2 * pad - d * (k - 1) - 1) // s + 1 for n, pad, k, d, s in rows)

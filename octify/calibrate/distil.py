@@ -1,5 +1,8 @@
 """Distillation without labels: gradient steps towards the dense network's outputs and those of its layers."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 import math

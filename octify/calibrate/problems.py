@@ -4,6 +4,9 @@ A problem is one band that a layer gives: `rows` samples positions, `weight` rea
 paths into that band as one matrix per group.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -69,7 +72,8 @@ class ConvProblem:
     def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
         """Samples up to `count` positions an image."""
         layer = self.layer
-        high, low = inputs if len(inputs) > 1 else inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], None)
+        bands: tuple[Any, ...] = inputs[0] if isinstance(inputs[0], tuple) else inputs  # pyright: ignore
+        high, low = cast(Tensor, bands[0]), cast("Tensor | None", bands[1] if len(bands) > 1 else None)
         target = _target(layer, self.side, output)
         points = sample_points(target.shape[2:], count, dice, target.device)
         pieces = [self._features(path, high, low, output, points) for path in self.paths]

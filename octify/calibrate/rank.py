@@ -4,6 +4,9 @@ A channel's score is the energy of `x - UDx` at the input of each convolution th
 convolution's weights on the channel and relative to its outputs: the share of the reader's output that would be lost.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -47,7 +50,7 @@ def channel_loss(flows: Flows, trace: Trace, chunks: Sequence[Chunk]) -> dict[in
         if source is not None:
             details = _detail(walk.values[source[0]], source[1])
             shares = details * _weight_of(trace.module_of(node), values)
-            roots = [flows.classes.find(channel) for channel in source[1].ids.reshape(-1).tolist()]
+            roots = [flows.classes.find(channel) for channel in source[1].ids.ravel().tolist()]
             for root, share in zip(roots, shares.tolist(), strict=True):
                 felt[root] += share
         walk.free(node)

@@ -1,5 +1,8 @@
 """Ridge regression on Gram matrices: sums over rows in float64, and solutions whose strength held-out rows choose."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-12  # of the targets' energy
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge, as shares of the Gram matrix's mean diagonal
 
 
@@ -69,6 +73,7 @@ def choose(fit: Sums, held: Sums, prior: Tensor, free: int, strengths: Sequence[
     """The solution on all rows at the strength that held-out rows like best; the prior itself (None) if none helps."""
     errors = {strength: held.error(solve(fit, prior, strength, free)) for strength in strengths}
     best = min(errors, key=lambda strength: errors[strength])
-    if not errors[best] < held.error(prior):
+    # What is less than rounding is no gain.
+    if not errors[best] < held.error(prior) - ROUNDING * held.energy:
         return prior, None
     return solve(fit + held, prior, best, free), best

@@ -1,5 +1,8 @@
 """Where calibration images come from: a folder, a tensor file, or a function of the user's."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 import importlib

@@ -1,5 +1,8 @@
 """How much of a network a converted one keeps, on images: decisions, probabilities, and every layer's bands."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (tensor and array methods that come without complete types)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from octify.graph import nodes_in
+from octify.graph import map_leaves, nodes_in
 from octify.module import OctaveModule, graph_of_mode
 from octify.trace import Trace
 
@@ -65,7 +65,10 @@ class Walk:
         return self.outputs()
 
     def _lookup(self, argument: Any, index: int) -> Any:
-        return fx.node.map_arg(argument, lambda node: self.values[node][index])
+        def value(leaf: Any) -> Any:
+            return self.values[leaf][index] if isinstance(leaf, fx.Node) else leaf
+
+        return map_leaves(argument, value)
 
     def _value(self, node: fx.Node, index: int) -> Any:
         if node.op == "placeholder":
