@@ -8,7 +8,7 @@ EXTRAS := dev,export
 TESTS ?=
 ZOO ?=
 
-.PHONY: setup demo test lint fidelity paper zoo clean
+.PHONY: setup demo test lint fidelity paper compconv zoo clean
 
 setup: $(READY)
 
@@ -39,6 +39,10 @@ test: lint
 # The paper's networks, the paper's cost beside octify's; written into the README as well.
 paper: setup
 	$(RUN) tests.paper_table
+
+# CompConv in thirty networks: convert, run at odd sizes, train a step, save, load, export.
+compconv: setup
+	$(RUN) tests.compconv_nets
 
 # Every network of torchvision and timm, one row each; rows that are there are kept (ZOO=--fresh measures all again).
 zoo: setup

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.hooks import RemovableHandle
 
 from octify.compconv import CompConv, CompConv1d, CompConv2d, CompConv3d, Conv
@@ -33,9 +34,9 @@ def from_conv(
     Copied channels have no weights: they keep the input's variance.
 
     Raises:
-        ConversionError: as `CompConv2d`, or `conv` is not exactly a Conv1d, Conv2d or Conv3d.
+        ConversionError: as `CompConv2d`, or `conv` computes something else than Conv1d, Conv2d or Conv3d do.
     """
-    kind = _OF.get(type(conv))
+    kind = kind_for(conv)
     if kind is None:
         raise ConversionError(f"{type(conv).__name__} cannot be a CompConv: expected a Conv1d, Conv2d or Conv3d itself")
     source = cast(Conv, conv)
@@ -62,6 +63,15 @@ def from_conv(
         like = source.bias if name.endswith("bias") else source.weight
         parameter.requires_grad_(like is not None and like.requires_grad)
     return comp.train(source.training)
+
+
+def kind_for(conv: nn.Module) -> type[CompConv] | None:
+    """The CompConv for a convolution; None for what is none, or computes something else than its base class does."""
+    for base, kind in _OF.items():
+        own = [getattr(type(conv), name, None) is getattr(base, name) for name in ("forward", "_conv_forward")]
+        if isinstance(conv, base) and all(own) and not isinstance(conv, LazyModuleMixin):
+            return kind
+    return None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 
 from octify.compconv import MAX_DEPTH, Conv, depth_for, unit_channels
-from octify.compweights import from_conv
+from octify.compweights import from_conv, kind_for
 from octify.errors import ConversionError, RecipeError
 from octify.recipe import Recipe, Settings
 from octify.recipe_errors import closest
@@ -120,7 +120,7 @@ class Compact(Operator):
     def refuse(self, op: Op) -> str:
         """Groups, the first convolution on the image, 1x1 kernels without request, too few output channels."""
         conv: Any = op.module
-        if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if kind_for(conv) is None:
             return f"compconv takes Conv1d, Conv2d and Conv3d, not {type(conv).__name__}"
         if conv.groups > 1:
             return "compconv has no groups"
