@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from octify.checkpoint import check_target, load
 from octify.convert import Example, example_of
 from octify.errors import BackendError, CheckpointError
-from octify.optimize import optimize
+from octify.optimize import flatten
 from octify.origin import origin_of
 from octify.plan import Plan
 from octify.recipe import Recipe
@@ -74,7 +74,7 @@ def export(
     example = examples(source, example_inputs)
     seeded = torch.Generator().manual_seed(0)
     reals = [torch.randn(value.shape, generator=seeded).to(value.dtype) for value in example]
-    program, dynamic = trace_program(source, reals, RUNTIMES[chosen])
+    program, dynamic = trace_program(source, reals)
     with _scratch(target) as folder:
         draft = folder / target.name
         WRITERS[chosen](program, draft, metadata_of(source))
@@ -100,9 +100,7 @@ def metadata_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def trace_program(
-    model: nn.Module, inputs: Sequence[Tensor], backend: str, fixed: bool = False
-) -> tuple[Any, tuple[str, ...]]:
+def trace_program(model: nn.Module, inputs: Sequence[Tensor], fixed: bool = False) -> tuple[Any, tuple[str, ...]]:
     """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can,
     or none if `fixed`.
 
@@ -110,7 +108,7 @@ def trace_program(
         BackendError: it cannot be traced with any.
     """
     ready = copy.deepcopy(model).cpu().eval()
-    form = optimize(ready, backend, tuple(inputs))
+    form = flatten(ready, tuple(value.to("meta") for value in inputs))
     how = getattr(getattr(model, "octify_plan", None), "how", "symbolic")
     tries = (
         ((),)

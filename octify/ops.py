@@ -39,11 +39,13 @@ def global_mean(
     mean_low = low
     for where in spatial:
         length = high.shape[where]
-        if length % 2 == 0:
+        # An exported graph must not fix the size's parity.
+        if not torch.compiler.is_exporting() and length % 2 == 0:
             mean_low = mean_low.mean(where, keepdim=True)
             continue
         # The last low position of an odd axis stands for one position, the others for two.
-        body = 2 * mean_low.sum(where, keepdim=True) - mean_low.narrow(where, mean_low.shape[where] - 1, 1)
+        last = mean_low.narrow(where, mean_low.shape[where] - 1, 1)
+        body = 2 * mean_low.sum(where, keepdim=True) - last * (length % 2)
         mean_low = body / length
     mean = torch.cat((high.mean(tuple(spatial), keepdim=True), mean_low), axis) if high.shape[axis] else mean_low
     return _in_order(mean, order, axis, spatial, keepdim)

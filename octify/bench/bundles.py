@@ -97,14 +97,14 @@ class _Search:
         reading = Conversion.read(model, recipe, example_inputs)
         decided = reading.plan()
         self.example = reading.example
-        targets = {op.name: op.target for op in decided.convolutions}
-        octave = {op.name for op in decided.converted}
-        self.bundles = [
-            tuple(dict.fromkeys(targets[name] for name in bundle.writers if name in targets))
-            for _, flows in reading.parts
+        octave = {op.target for op in decided.converted}
+        groups = [
+            [f"{path}.{name}" if path else name for name in bundle.writers]
+            for path, flows in reading.parts
             for bundle in flows.classes.bundles
-            if bundle.alpha > 0 and octave.intersection(bundle.writers)
+            if bundle.alpha > 0
         ]
+        self.bundles = [tuple(group) for group in groups if octave.intersection(group)]
         if not self.bundles:
             raise ConversionError("the recipe converts nothing: there is nothing to measure")
         self.inputs: Sequence[Tensor] = random_inputs(model, self.example)

@@ -63,7 +63,7 @@ class PackedConv(nn.Module):
         if onto is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *geometry, *self.unary)
         # After a sum, oneDNN's operators know no activation but this one.
-        sum_ = ("add", 1.0, "relu" if self.act == "relu" else None, [], None)
+        sum_: tuple[Any, ...] = ("add", 1.0, "relu" if self.act == "relu" else None, [], None)
         if self.overwrite:
             out = torch.ops.mkldnn._convolution_pointwise_(onto, x, *geometry, *sum_)
         else:
