@@ -9,19 +9,21 @@ from typing import Literal
 from torch import Tensor, nn
 
 import octify
-from octify.errors import CalibrationError
+from octify.errors import CalibrationError, ConversionError
 from tests.fidelity.prune import IMPORTANCES, Importance, count_macs, prune_net, reestimate_norms
 
 ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 TARGETS = (0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
+C0S = (32, 128)
+SWEEPS: dict[str, tuple[float, ...]] = {"alpha": ALPHAS, "target": TARGETS, "c0": C0S}
 
-Sweep = Literal["alpha", "target"]
+Sweep = Literal["alpha", "target", "c0"]
 Wanted = Callable[[str, float], bool]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One curve of the plot; `options` go to octify.convert beside alpha or target."""
+    """One curve of the plot; `options` go to octify.convert beside alpha, target or c0."""
 
     name: str
     sweep: Sweep
@@ -39,6 +41,9 @@ STEPS: tuple[Step, ...] = (
     Step("fitted, channels chosen", "alpha", {**ONLY_FIT, "choose": True}),
     Step("fitted, alphas chosen", "target", FULL),
     Step("fitted, alphas chosen, distilled", "target", {**FULL, "distil": 60}),
+    Step("compconv", "c0", {"operator": "compconv"}, calibrated=False),
+    Step("compconv, fitted", "c0", {"operator": "compconv", **FULL}),
+    Step("compconv, fitted, distilled", "c0", {"operator": "compconv", **FULL, "distil": 60}),
 )
 
 
@@ -54,17 +59,16 @@ class Point:
 
 
 def octave_points(net: nn.Module, calibration: list[Tensor], wanted: Wanted) -> Iterator[Point]:
-    """Every wanted step at every alpha or target; a target that cannot be met is said and left out."""
+    """Every wanted step at every alpha, target or c0; what a net does not allow is said and left out."""
     dense = count_macs(net)
     for step in STEPS:
-        points = ALPHAS if step.sweep == "alpha" else TARGETS
-        for asked in (p for p in points if wanted(step.name, p)):
+        for asked in (p for p in SWEEPS[step.sweep] if wanted(step.name, p)):
             options = {**step.options, step.sweep: asked}
             if step.calibrated:
                 options["calibration"] = calibration
             try:
                 found = octify.convert(net, example_inputs=calibration[0][:1], **options)  # pyright: ignore[reportArgumentType]
-            except CalibrationError as error:
+            except (CalibrationError, ConversionError) as error:
                 print(f"{step.name} at {asked:g}: {error}", flush=True)
                 continue
             yield Point(step.name, step.sweep, asked, found.eval(), count_macs(found) / dense)
