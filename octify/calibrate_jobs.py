@@ -71,7 +71,8 @@ def convert_calibrated(
     name_source(converted, request.model)
     chosen = Conversion(reading.model, used[0].recipe, reading.example, [("", used[0])], True)
     step("checking")
-    checks = quick_checks(chosen, converted)
+    # Fitted kernels follow the images, not the fold's identities: checked is the conversion that they went into.
+    checks = quick_checks(chosen, chosen.apply(chosen.plan()))
     facts = describe(chosen, plan_of(converted), converted, request)
     if output is not None:
         save(converted, output, overwrite)

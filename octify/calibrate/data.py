@@ -137,9 +137,14 @@ def float_tensors(tree: Any) -> list[Tensor]:
 
 def output_loss(dense: Any, octave: Any) -> float:
     """The squared error of a model's outputs, as a share of their variance over images; the mean over tensors."""
-    pairs = list(zip(_joined(dense), _joined(octave), strict=True))
-    shares = [float((y - x).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)) for x, y in pairs]
+    pairs = zip(_joined(dense), _joined(octave), strict=True)
+    shares = [float((y - x).square().sum() / _spread(x).clamp_min(1e-12)) for x, y in pairs]
     return sum(shares) / max(len(shares), 1)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The squared deviation from the mean over images; of a single image, its squares."""
+    return (x - x.mean(0) if len(x) > 1 else x).square().sum()
 
 
 def _joined(chunks: Sequence[Any]) -> list[Tensor]:
