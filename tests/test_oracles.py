@@ -80,7 +80,7 @@ def test_built_in_recipes_and_both_kinds_of_kernels(name: str, kernels: str, rec
     assert not [check for check in checks if not check.passed]
 
 
-def test_half_precision_runs(name: str = "resnet18") -> None:
-    model = octify.convert(build_model(name).to(torch.bfloat16), alpha=0.5)
+def test_half_precision_runs() -> None:
+    model = octify.convert(build_model("resnet18").to(torch.bfloat16), alpha=0.5)
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
     assert runs(model, [torch.randn(1, 3, 65, 97, dtype=torch.bfloat16)])
