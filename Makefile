@@ -7,8 +7,9 @@ READY := $(VENV)/.octify-ready
 EXTRAS := dev,export
 TESTS ?=
 ZOO ?=
+BENCH ?=
 
-.PHONY: setup demo test lint fidelity paper compconv zoo clean
+.PHONY: setup demo test lint fidelity paper compconv zoo bench clean
 
 setup: $(READY)
 
@@ -51,6 +52,10 @@ zoo: setup
 # Trains five small nets (cached), converts them step by step and measures what they keep; into the README as well.
 fidelity: setup
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) tests.fidelity.run --seed 0 --seed 1 --seed 2
+
+# Dense against octave on this machine, into the README; BENCH=--quick takes minutes instead of an hour.
+bench: setup
+	$(RUN) tests.bench_table $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
