@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -104,7 +103,13 @@ def _numbers(value: Any, count: int) -> tuple[int, ...]:
 
 
 def _replicate(x: Tensor, pads: Sequence[int]) -> Tensor:
-    return F.pad(x, list(pads), "replicate") if any(pads) and x.shape[1] else F.pad(x, list(pads))
+    """On any axes, also those that `F.pad` does not replicate; negative amounts cut."""
+    for index in range(len(pads) // 2):
+        before, after, axis = pads[2 * index], pads[2 * index + 1], x.dim() - 1 - index
+        if before or after:
+            places = torch.arange(-before, x.shape[axis] + after, device=x.device).clamp(0, x.shape[axis] - 1)
+            x = x.index_select(axis, places)
+    return x
 
 
 def constant_image(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

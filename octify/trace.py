@@ -60,7 +60,9 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
         TraceError: no way of tracing works; the message says what each one met.
     """
     failures: list[str] = []
-    tracers = dict(zip(WAYS, (SymbolicTracer, GuardedTracer, FreeBatchTracer, FixedTracer), strict=True))
+    tracers: dict[str, type[SymbolicTracer]] = dict(
+        zip(WAYS, (SymbolicTracer, GuardedTracer, FreeBatchTracer, FixedTracer), strict=True)
+    )
     for how in ways:
         try:
             return _trace_both_modes(model, example, how, tracers[how])

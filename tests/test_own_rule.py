@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from octify import convert, plan_of
+from octify.oracles import ReplicatePadding
 from octify.rules.base import MODULES
-from tests.zoo.constant import ReplicatePadding
 
 README = Path(__file__).parents[1] / "README.md"
 OWN = Path(__file__).with_name("data") / "own_rule.md"  # what stands in the README between its markers

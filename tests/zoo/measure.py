@@ -19,12 +19,13 @@ from octify.convert import apply_plan, example_of
 from octify.graph import meta_copy, sharing_copy
 from octify.layers import Merge, Split
 from octify.module import OctaveModule
+from octify.oracles import ReplicatePadding
 from octify.origin import origin_of, set_origin
 from octify.plan import Flows, Plan, make_plan
 from octify.recipe import Recipe
 from octify.trace import trace_model
 from octify.zoo import build_model, input_shape
-from tests.zoo.constant import ReplicatePadding, first_uneven, spread_gains
+from tests.zoo.constant import first_uneven, spread_gains
 from tests.zoo.count import ALPHA, Counted, count, macs
 from tests.zoo.detect import converted_parts, is_detector, shrink, targets
 from tests.zoo.row import Row
