@@ -15,8 +15,8 @@ errors version
 layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
 recipe origin
-kernels resample bands graph modes
-routes ops
+kernels resample bands graph
+routes ops modes
 octbase compconv pooling
 octconv compweights
 transposed linear

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import json
 import queue
 import resource
@@ -108,6 +109,7 @@ def _serve() -> None:
         name = line.strip()
         out.write(json.dumps(asdict(measure(name, family_of(name)))) + "\n")
         out.flush()
+        gc.collect()  # converted models hold cycles
 
 
 def _measured(names: list[str], workers: int, seconds: float) -> Iterator[Row]:
