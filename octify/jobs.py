@@ -74,8 +74,8 @@ class Request:
             RecipeError, ModelError, TraceError: as `octify.convert`.
         """
         recipe = self.choose()
-        sizes = (self.input_size,) if self.input_size else input_shape(resolve(self.model))
         model = self.build(device)
+        sizes = (self.input_size,) if self.input_size else input_shape(resolve(self.model))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         example = tuple(torch.empty(1, *size, device="meta", dtype=dtype) for size in sizes)
         try:

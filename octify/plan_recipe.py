@@ -45,8 +45,9 @@ def _rules(reading: Conversion, plan: Plan, base: Settings) -> list[tuple[dict[s
         found = settings.get(op.name)
         if found is None or op.target in seen or op.type in ("function", "method"):
             continue
-        if op.kind == "chooses" or found.source != "default":
-            rules.append(({"match": _escape(op.target), **_said(op, found, base)}, op))
+        said = _said(op, found, base)
+        if op.kind == "chooses" or said.keys() - {"alpha", "layout"}:  # alpha is for what chooses
+            rules.append(({"match": _escape(op.target), **said}, op))
             seen.add(op.target)
     return rules
 
