@@ -25,6 +25,7 @@ from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
 from octify.layers import OctConv1d, OctConv2d, OctConv3d
 from octify.layout import Layout
+from octify.linear import OctLinear
 from octify.module import OctaveModule
 from octify.plan import Flows, Plan, make_plan
 
@@ -118,6 +119,22 @@ def test_rows_times_weight_are_what_the_layer_computes(case: int) -> None:
         # An odd map's merge and split are no identity in its last row: compare with the band itself.
         expected = wanted.double().flatten(2).transpose(1, 2).reshape(computed.shape)
         assert torch.allclose(computed, expected, atol=1e-5), (case, problem.band)
+
+
+def test_rows_of_an_octave_linear_layer_are_what_it_computes() -> None:
+    layouts = Layout.parse("3h2l3h"), Layout.parse("2h4l")
+    layer = OctLinear.from_linear(nn.Linear(8, 6), *layouts)
+    high, low = octify.Split(layouts[0])(torch.randn(2, 8, 6, 8))
+    bands = high.movedim(1, -1), low.movedim(1, -1)
+    with torch.no_grad():
+        given = layer(*bands)
+        target = octify.Merge(layouts[1])(*(band.movedim(-1, 1) for band in given)).movedim(1, -1)
+    for problem, wanted in zip(problems_of(layer), given, strict=True):
+        rows = problem.rows(bands, target, 10_000, torch.Generator())
+        assert problem.bias is not None
+        computed = (rows.x.double() @ problem.weight()[0] + problem.bias.double())[:, :, 0]
+        assert torch.allclose(computed, wanted.double().flatten(1, 2), atol=1e-5)
+        assert torch.allclose(rows.y[:, :, 0], wanted.flatten(1, 2), atol=1e-5)
 
 
 def test_reading_and_placing_a_weight_is_the_identity() -> None:

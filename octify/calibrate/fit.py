@@ -20,8 +20,9 @@ from octify.calibrate.solve import STRENGTHS, Sums, choose
 from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.errors import CalibrationError
-from octify.layers import OctConv, Split
+from octify.layers import Split
 from octify.module import OctaveModule
+from octify.octbase import OctBase
 from octify.trace import Trace
 
 ROWS = 16_384  # rows a problem at least samples, if there are so many
@@ -81,7 +82,7 @@ def fit_kernels(
             name, module = str(node.target), converted.get_submodule(str(node.target))
             outputs = _run_until(source, dense_nodes, partner[node])
             # A module called again keeps what its first call was fitted to.
-            if name not in done and (isinstance(module, OctConv | CompConv) or (altered and dense_too)):
+            if name not in done and (isinstance(module, OctBase | CompConv) or (altered and dense_too)):
                 done.add(name)
                 fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
                 if progress:
@@ -96,7 +97,7 @@ def fit_kernels(
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(
-        converted.get_submodule(str(node.target)), OctConv | Split | CompConv
+        converted.get_submodule(str(node.target)), OctBase | Split | CompConv
     )
 
 

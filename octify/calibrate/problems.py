@@ -21,6 +21,7 @@ from octify.bands import path_groups, take
 from octify.compconv import CompConv
 from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d
 from octify.layout import Layout
+from octify.linear import OctLinear
 from octify.octconv import as_tuple, conv_axes
 from octify.resample import average, pool_low
 from octify.routes import Route, enter
@@ -114,6 +115,34 @@ class ConvProblem:
             start += unknowns
 
 
+class OctLinearProblem(ConvProblem):
+    """The paths of an octave linear layer (channels last) into one band."""
+
+    def __init__(self, layer: OctLinear, side: str) -> None:
+        super().__init__(cast(OctConv, layer), side)
+        self.halved = layer.halved
+
+    def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
+        """Samples up to `count` positions an image."""
+        given: tuple[Any, ...] = inputs[0] if isinstance(inputs[0], tuple) else inputs  # pyright: ignore
+        maps = {name: cast(Tensor, band).movedim(-1, 1) for name, band in zip("hl", given, strict=False)}
+        layout = self.layer.out_layout
+        wanted = take(output.movedim(-1, 1), 1, layout.high_index if self.side == "h" else layout.low_index)
+        wanted = pool_low(wanted, self.halved) if self.side == "l" else wanted
+        points = sample_points(wanted.shape[2:], count, dice, wanted.device)
+        pieces = [self._taken(path, maps[path[0]], points) for path in self.paths]
+        y = wanted.flatten(2)[:, :, ravel(points, wanted.shape[2:])].transpose(1, 2)
+        return Rows(torch.cat(pieces, 2).unsqueeze(2), y.unsqueeze(2))
+
+    def _taken(self, path: str, x: Tensor, points: Tensor) -> Tensor:
+        if path == "hl":
+            x = pool_low(x, self.halved)
+        if path == "lh":
+            still = points.shape[1] - self.halved
+            points = torch.cat([points[:, :still], points[:, still:] // 2], 1)
+        return x.flatten(2)[:, :, ravel(points, x.shape[2:])].transpose(1, 2)
+
+
 class LinearProblem:
     """A linear layer on the last axis of its input."""
 
@@ -197,11 +226,13 @@ DENSE: dict[type[nn.Module], type[OctConv]] = {nn.Conv1d: OctConv1d, nn.Conv2d: 
 
 def can_fit(module: nn.Module) -> bool:
     """Whether a layer's kind can be fitted."""
-    return isinstance(module, OctConv | CompConv) or type(module) in (*DENSE, nn.Linear)
+    return isinstance(module, OctConv | OctLinear | CompConv) or type(module) in (*DENSE, nn.Linear)
 
 
 def problems_of(module: nn.Module) -> list[Problem]:
     """The least-squares problems of a layer; none if its kind cannot be fitted."""
+    if isinstance(module, OctLinear):
+        return [OctLinearProblem(module, side) for side in dict.fromkeys(path[1] for path in module.paths)]
     if isinstance(module, OctConv):
         return [ConvProblem(module, side) for side in dict.fromkeys(path[1] for path in module.paths)]
     if type(module) is nn.Linear:
