@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import timm
@@ -143,3 +144,15 @@ def test_a_map_that_someone_else_reads_is_not_written_over() -> None:
 def test_an_unknown_backend_names_those_there_are() -> None:
     with pytest.raises(BackendError, match="eager, compile, onnxruntime, openvino"):
         optimize(converted("resnet18"), "tensorrt")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_the_compiled_form_computes_the_same_with_frozen_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    octave = octify.convert(net, alpha=0.5, example_inputs=(1, 3, 32, 32)).eval()
+    form, image = optimize(octave, "compile"), torch.rand(1, 3, 32, 32)
+    with torch.inference_mode():
+        assert relative(form(image), octave(image)) < 1e-5
+        with torch.profiler.profile() as found:
+            form(image)
+    assert any("mkldnn::_convolution_pointwise" in event.key for event in found.key_averages())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -94,9 +95,31 @@ def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
     return _finished(module)
 
 
+class Frozen(nn.Module):
+    """A compiled form whose weights inductor takes for constants: it lays them out for oneDNN then, and fuses more.
+
+    Dynamo looks for that setting in the global configuration, whenever it compiles.
+    """
+
+    def __init__(self, form: nn.Module) -> None:
+        super().__init__()
+        self.form = form
+        self.compiled: Any = torch.compile(form)
+        self.config: Any = importlib.import_module("torch._inductor.config")
+
+    def forward(self, *inputs: Any) -> Any:
+        """As the form."""
+        with torch.inference_mode(False), torch.no_grad(), self.config.patch(freezing=True):
+            return self.compiled(*inputs)
+
+
 def _for_compile(module: Optimized) -> nn.Module:
-    """Compiled with its weights frozen, so that inductor lays them out for oneDNN and fuses what follows them."""
-    return cast(nn.Module, torch.compile(module.to(memory_format=torch.channels_last), options={"freezing": True}))
+    """Channels last on the CPU; on a GPU as one CUDA graph, where inductor can make one."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    module = module.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        return Frozen(module)
+    return cast(nn.Module, torch.compile(module, mode="reduce-overhead"))
 
 
 def _finished(module: Optimized) -> Optimized:
