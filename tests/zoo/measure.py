@@ -320,9 +320,10 @@ def _opaque(decided: Plan) -> str:
 
 def _why_dense(decided: Plan, left: dict[str, int]) -> str:
     reasons: dict[str, int] = {}
-    known = {op.target: op.reason or "keeps its layout" for op in decided.ops if op.kind in ("chooses", "opaque")}
+    known = {op.target: op.reason or "keeps its layout" for op in decided.ops}
+    known |= {op.target: "reads tokens, not a map" for op in decided.ops if op.kind == "plain"}
     for path, cost in left.items():
-        why = known.get(path, "inside an opaque operation")
+        why = known.get(path, "inside an opaque operation or an untraced part")
         reasons[why] = reasons.get(why, 0) + cost
     total = sum(left.values())
     return ", ".join(f"{why} ({cost / total:.0%})" for why, cost in sorted(reasons.items(), key=lambda i: -i[1])[:3])
