@@ -206,7 +206,7 @@ def _cast(source: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(source).to(dtype)
 
 
-def build_source(header: Header, path: Path) -> nn.Module:
+def build_source(header: Header, path: Path, device: str = "cpu") -> nn.Module:
     """The network that a checkpoint was made from, with random weights.
 
     Raises:
@@ -220,7 +220,7 @@ def build_source(header: Header, path: Path) -> nn.Module:
             f'pass the network, octify.load("{path}", model=...)'
         )
     try:
-        return build_model(source)
+        return build_model(source, device=device)
     except ModelError as error:
         raise CheckpointError(f"{path} was made from {source}, which cannot be built: {error}") from error
 

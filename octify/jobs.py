@@ -131,22 +131,38 @@ def plan_model(request: Request, step: Step) -> tuple[dict[str, Any], Plan, Conv
     """
     start = time.perf_counter()
     step(f"tracing {request.model}")
-    reading = request.read("meta")
-    step("planning")
-    plan = reading.plan()
-    facts = describe(reading, plan, reading.apply(plan), request)
+    source = None
+    if is_checkpoint(request.model):
+        reading, plan, source = _read_stored(request)
+    else:
+        reading = request.read("meta")
+        step("planning")
+        plan = reading.plan()
+    facts = describe(reading, plan, reading.apply(plan), request, source)
     facts["seconds"] = round(time.perf_counter() - start, 2)
     facts["operations"] = plan.to_dict()["ops"]
     return facts, plan, reading
 
 
-def describe(reading: Conversion, plan: Plan, converted: nn.Module, request: Request) -> dict[str, Any]:
-    """The facts about a conversion."""
+def _read_stored(request: Request) -> tuple[Conversion, Plan, str | None]:
+    """What a checkpoint was made from, its plan, and the source's name."""
+    if request != Request(request.model):
+        raise ModelError(f"{request.model} has its own plan: leave out --alpha, --recipe, --kernels and the like")
+    header, _ = read_checkpoint(request.model)
+    device = "cpu" if header.plan.how == "parts" else "meta"  # finding parts takes a run
+    source = build_source(header, Path(request.model), device)
+    return Conversion.read(source, header.recipe, header.origin.example()), header.plan, header.origin.source
+
+
+def describe(
+    reading: Conversion, plan: Plan, converted: nn.Module, request: Request, source: str | None = None
+) -> dict[str, Any]:
+    """The facts about a conversion; `source` is the network's full name where the request names a checkpoint."""
     shapes = [list(value.shape[1:]) for value in reading.example if isinstance(value, Tensor)]
     before, after = costs_of(reading, converted)
     return {
         "model": request.model,
-        "source": str(resolve(request.model)),
+        "source": source or str(resolve(request.model)),
         "input_size": shapes[0] if len(shapes) == 1 else shapes,
         "alpha": reading.recipe.alpha,
         "recipe": request.recipe or reading.recipe.name,

@@ -145,6 +145,9 @@ def test_inspect_and_verify_a_checkpoint(checkpoint: Path) -> None:
     assert checked["passed"]
     assert {"alpha 0: same output", "equal on constant images"} <= {check["name"] for check in checked["checks"]}
     octify.load(checkpoint)
+    stored = result_of("plan", checkpoint)
+    assert stored["source"] == "timm:resnet10t"
+    assert stored["operations"] == facts["operations"]
 
 
 def test_verify_exits_with_one_if_a_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +221,7 @@ MISTAKES: list[tuple[list[str], int, str]] = [
     (["inspect", "{tmp}/none.safetensors"], 1, "no such file"),
     (["verify", "{tmp}/none.safetensors"], 1, "no such file"),
     (["verify", "{checkpoint}", "--alpha", "0.5"], 2, "own recipe"),
+    (["plan", "{checkpoint}", "--alpha", "0.5"], 2, "its own plan"),
     (["recipes", "cat", "nope"], 2, "no recipe"),
     (["recipes", "cp", "resnet", "{tmp}/bad.yaml"], 1, "--overwrite"),
     (["recipes", "validate", "stages", "vgg11"], 2, "names no module"),
