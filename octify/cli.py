@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import sys
-from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from octify import cli_speed, report
 from octify.calibrate_jobs import compare_checkpoint, convert_calibrated, list_sensitivities
+from octify.cli_base import (
+    C0,
+    MODEL_HELP,
+    Alpha,
+    Json,
+    Kernels,
+    Model,
+    OperatorName,
+    Overwrite,
+    Quiet,
+    RecipeName,
+    Size,
+    finish,
+    parse_size,
+    print_facts,
+    working,
+    write_text,
+)
 from octify.cli_calibrate import (
     Distil,
     ImageSize,
@@ -31,7 +43,8 @@ from octify.cli_calibrate import (
     image_request,
     options_of,
 )
-from octify.errors import CalibrationError, CheckpointError, ModelError, OctifyError, RecipeError
+from octify.cli_recipes import recipes
+from octify.errors import CalibrationError
 from octify.jobs import (
     Request,
     convert_model,
@@ -43,7 +56,6 @@ from octify.jobs import (
     verify_target,
 )
 from octify.plan_recipe import recipe_text_of
-from octify.recipe import builtin_recipes, load_recipe, recipe_text
 from octify.report_calibration import calibration_report, sensitivity_report, verdict_report
 from octify.version import __version__
 from octify.zoo import list_models
@@ -55,22 +67,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes = typer.Typer(help="Recipes: which layer gets which alpha and how.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
-
-MODEL_HELP = "torchvision or timm name (timm:resnet50), file.py:factory, package.module:factory"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Alpha = Annotated[
-    float | None, typer.Option(help="Share of low channels, 0 to 1; 0.25 unless the recipe says otherwise.")
-]
-RecipeName = Annotated[str | None, typer.Option(metavar="FILE|NAME", help="A recipe file, or one of octify's own.")]
-Kernels = Annotated[str | None, typer.Option(metavar="fold|paper", help="fold: trained weights; paper: from scratch.")]
-OperatorName = Annotated[str | None, typer.Option(help="octave, compconv or keep; `octify ops` lists them.")]
-C0 = Annotated[int | None, typer.Option(help="compconv: input channels at which its depth grows; 128 is usual.")]
-Size = Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape; the network's own by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace the output if it is there.")]
 
 
 @app.command()
@@ -227,111 +224,12 @@ def ops(as_json: Json = False) -> None:
     print_facts(facts, lambda: report.tables(facts), as_json)
 
 
-@recipes.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
-    """List octify's own recipes."""
-    rows = [{"name": name, "description": load_recipe(name).description.strip()} for name in builtin_recipes()]
-    print_facts({"recipes": rows}, lambda: report.names_table([list(row.values()) for row in rows]), as_json)
-
-
-@recipes.command("cat")
-def recipes_cat(name: Annotated[str, typer.Argument(show_default=False)]) -> None:
-    """Print one of octify's own recipes."""
-    with working(True):
-        text = recipe_text(name)
-    sys.stdout.write(text)
-
-
-@recipes.command("cp")
-def recipes_cp(
-    name: Annotated[str, typer.Argument(show_default=False)],
-    file: Annotated[Path, typer.Argument(show_default=False)],
-    overwrite: Overwrite = False,
-) -> None:
-    """Copy one of octify's own recipes into a file, to edit."""
-    with working(True):
-        write_text(file / f"{Path(name).name}.yaml" if file.is_dir() else file, recipe_text(name), overwrite)
-
-
-@recipes.command("validate")
-def recipes_validate(
-    recipe: Annotated[str, typer.Argument(metavar="FILE|NAME", show_default=False)],
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=f"Check it against: {MODEL_HELP}")] = None,
-    alpha: Alpha = None,
-    input_size: Size = None,
-) -> None:
-    """Check a recipe, and whether its patterns match a network's layers."""
-    with working(True):
-        load_recipe(recipe, alpha)
-        if model is not None:
-            Request(model, alpha, recipe, None, parse_size(input_size)).read("meta")
-    typer.echo(f"{recipe} is a valid recipe{f' for {model}' if model else ''}")
-
-
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
     """Turns any PyTorch CNN into an octave-convolution CNN."""
     if version:
         typer.echo(f"octify {__version__}")
         raise typer.Exit()
-
-
-@contextlib.contextmanager
-def working(quiet: bool) -> Generator[Callable[[str], None], None, None]:
-    """Shows progress on stderr, keeps stdout clean of what others print, and turns octify's errors into exit codes.
-
-    1: the work failed; 2: what was asked for does not exist or cannot be read.
-    """
-    console = Console(stderr=True, quiet=quiet)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), console.status("starting") as status:
-            yield lambda text: status.update(text)
-    except OctifyError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ModelError | RecipeError) else 1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def print_facts(facts: dict[str, Any], render: Callable[[], Any], as_json: bool, quiet: bool = False) -> None:
-    """Prints facts as JSON or as a table."""
-    if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-    elif not quiet:
-        report.show(render())
-
-
-def finish(passed: list[bool]) -> None:
-    """Exit code 1 if something failed."""
-    if not all(passed):
-        raise typer.Exit(1)
-
-
-def parse_size(text: str | None) -> tuple[int, ...] | None:
-    """`3x224x224` as numbers.
-
-    Raises:
-        ModelError: it is no shape of this kind.
-    """
-    if text is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){1,3}", text):
-        raise ModelError(f'input size is "{text}": expected channels and sizes, such as 3x224x224')
-    return tuple(int(part) for part in text.split("x"))
-
-
-def write_text(path: Path, text: str, overwrite: bool) -> None:
-    """Writes a file, an existing one only if that is allowed.
-
-    Raises:
-        CheckpointError: it is there already, or cannot be written.
-    """
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} is there already: write elsewhere, or allow overwriting it (--overwrite)")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _need_images(lacking: bool) -> None:

@@ -39,7 +39,8 @@ export
 bench
 jobs report
 calibrate_jobs report_calibration report_speed
-cli_calibrate cli_speed
+cli_base
+cli_calibrate cli_speed cli_recipes
 cli
 """.splitlines()
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
