@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+import octify.optimize.passes as passes
 from octify.convert import Example, convert, example_of
 from octify.errors import BackendError
 from octify.graph import meta_copy, record_values
 from octify.module import OctaveModule
-from octify.optimize import passes
 from octify.optimize.eager import lower_eager
 from octify.optimize.expand import expand_convs
 from octify.optimize.norms import fold_norms
