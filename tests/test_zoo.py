@@ -23,6 +23,7 @@ SMALL = {  # the least share of eligible multiply-adds that is octave
     "timm:dla46x_c": 0.9,
     "timm:ecaresnext26t_32x4d": 0.9,
     "timm:efficientformerv2_s0": 0.0,
+    "timm:efficientvim_m1": 0.9,
     "timm:efficientvit_b0": 0.0,
     "timm:ghostnet_050": 0.9,
     "timm:hgnetv2_b0": 0.9,

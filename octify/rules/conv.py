@@ -10,6 +10,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from octify.graph import shape_of, value_of
 from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d, fits_paper
 from octify.layout import Layout
 from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Plain, Rule, Ties, register
@@ -38,6 +39,8 @@ class Convolution(Rule):
         spatial = tuple(range(len(shape) - min(2, len(shape) - 2), len(shape)))
         if len(shape) != len(conv.kernel_size) + 2 or not isinstance(source, (Map, Plain)):
             raise Dense("its input is no batch of maps")
+        if isinstance(source, Plain) and _is_token_axis(op, shape):
+            raise Dense("its axis is none of the image's: tokens or channels")
         if isinstance(source, Map) and not source.is_plain:
             raise Dense("its input's axes are in another order")
         if isinstance(source, Map) and _is_depthwise(conv):
@@ -112,6 +115,12 @@ class Convolution(Rule):
         arguments = (source.high, source.low) if isinstance(source, Bands) else (source,)
         node = build.module(make, *arguments)
         return node if gives.is_dense else Bands(*build.pair(node), gives, given)
+
+
+def _is_token_axis(op: Op, shape: tuple[int, ...]) -> bool:
+    """Whether a 1-D convolution stands in a network that reads images or clips: neighbours there are no neighbours."""
+    inputs = (shape_of(value_of(node)) for node in op.node.graph.nodes if node.op == "placeholder")
+    return len(shape) == 3 and any(len(found) > 3 for found in inputs if found)
 
 
 def _is_depthwise(conv: Any) -> bool:

@@ -33,7 +33,7 @@ class Call:
     @property
     def large(self) -> bool:
         """Whether its map is at least twice `min_size`."""
-        return all((length + 1) // 2 >= MIN_SIZE for length in self.size)
+        return len(self.size) > 1 and all((length + 1) // 2 >= MIN_SIZE for length in self.size)
 
 
 @dataclass(frozen=True)
