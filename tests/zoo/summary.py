@@ -42,7 +42,7 @@ def lines(rows: list[Row]) -> list[tuple[str, ...]]:
             "runs at other sizes, where the source does",
             lambda r: None if r.runs_other in ("-", "") else r.runs_other == "yes",
         ),
-        ("traced without a word about sizes", lambda r: r.traced in ("symbolic", "parts")),
+        ("traced symbolically: any size", lambda r: r.traced in ("symbolic", "parts")),
         ("alpha 0: every output bit and key the same", lambda r: None if not r.oracle1 else r.oracle1 == "exact"),
         ("constant image: below 1e-4 of the dense net", _oracle2),
         ("train step reaches every parameter", lambda r: None if r.train_step in ("", "-") else r.train_step == "yes"),
