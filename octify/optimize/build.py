@@ -18,6 +18,7 @@ from octify.graph import meta_copy, record_values
 from octify.module import OctaveModule
 from octify.optimize.eager import lower_eager
 from octify.optimize.expand import expand_convs
+from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
 from octify.recipe import Recipe
 
@@ -91,6 +92,9 @@ def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     if device.type == "cpu":
         inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
+        record_values(meta_copy(module).eval(), module.graph, example)
+        if not why_not():
+            module.octify_passes["programs of octify's own kernels"] = lower_native(module)
         module.octify_passes |= lower_eager(module, inputs)
     return _finished(module)
 

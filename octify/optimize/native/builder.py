@@ -1,0 +1,192 @@
+"""From graph nodes to a program's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from octify.graph import get_module
+from octify.optimize.forms import Enter, Leave, join
+from octify.optimize.native.sizes import Beside, Convolved, Cropped, Halved, Like
+from octify.optimize.native.steps import AT_ONCE, Conv, Kind, Shape, Sizes, Step
+from octify.optimize.norms import scale_and_shift
+from octify.optimize.passes import act_of
+from octify.resample import average, pool_low
+
+
+@dataclass
+class Pending:
+    """A convolution or a norm that has no step of its own yet: what reads it may take it in."""
+
+    size: Callable[[Sizes], Shape]
+    bias: Tensor | None
+    conv: Conv | None = None
+    scale: Tensor | None = None
+    source: int | None = None
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel for each output channel."""
+        if self.conv is None:
+            return False
+        outputs, inputs = self.conv.weight.shape[:2]
+        return inputs == 1 and self.conv.groups == outputs > 1
+
+
+class Builder:
+    """Takes a segment's nodes one by one; the segment's inputs are the values 0, 1, …"""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[fx.Node]) -> None:
+        self.module, self.count = module, len(inputs)
+        self.values = {node: index for index, node in enumerate(inputs)}
+        self.pending: dict[fx.Node, Pending] = {}
+        self.padding: dict[fx.Node, tuple[int, ...]] = {}
+        self.writers: dict[int, Step] = {}
+        self.steps: list[Step] = []
+
+    def add(self, node: fx.Node) -> None:
+        """Takes one node."""
+        if node.target is join:
+            self._join(node)
+        elif node.target in (pool_low, average):
+            self._pool(node)
+        elif node.target is torch.cat:
+            self._cat(node)
+        elif node.op == "call_module" and not act_of(self.module, node):
+            self._module(node, get_module(self.module, str(node.target)))
+        else:
+            self._act(node)
+
+    def value(self, node: fx.Node) -> int:
+        """The value of a node; what is pending gets its step now."""
+        if node in self.pending:
+            self._settle(node, self.pending.pop(node), "")
+        return self.values[node]
+
+    def _new(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _emit(self, step: Step) -> int:
+        self.steps.append(step)
+        self.writers[step.out] = step
+        return step.out
+
+    # One kind of node each.
+
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        source = cast(fx.Node, node.args[0])
+        if isinstance(module, Enter):
+            self.padding[node] = module.route.pads[0][1] if module.route.pads else (0, 0, 0, 0)
+        elif isinstance(module, Leave):
+            pending, (high, halved) = self.pending.pop(source), cast(Any, node.args[1:])
+            inner, route = cast(Convolved, pending.size), module.route
+            self.pending[node] = replace(
+                pending, size=Cropped(inner, self.value(high), tuple(halved), route.crop, route.low)
+            )
+        elif isinstance(module, nn.Conv2d):
+            self._conv(node, source, module)
+        else:
+            scale, shift = scale_and_shift(module)
+            value = self.value(source)
+            self.pending[node] = Pending(Like(value), shift.float(), scale=scale.float(), source=value)
+
+    def _conv(self, node: fx.Node, source: fx.Node, conv: nn.Conv2d) -> None:
+        before = after = cast("tuple[int, int]", conv.padding)
+        if source in self.padding:  # F.pad's order: the last axis first
+            left, right, top, bottom = self.padding[source]
+            source = cast(fx.Node, source.args[0])
+            before, after = (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
+        stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
+        made = Conv(self.value(source), conv.weight.detach(), stride, before, dilation, conv.groups)
+        bias = None if conv.bias is None else conv.bias.detach()
+        self.pending[node] = Pending(Convolved(made, after), bias, made)
+
+    def _act(self, node: fx.Node) -> None:
+        source, act = cast(fx.Node, node.args[0]), act_of(self.module, node)
+        if source in self.pending and len(source.users) == 1:
+            self._settle(node, self.pending.pop(source), act)
+            return
+        value = self.value(source)
+        self.values[node] = self._emit(self._plain_sum([value], _channels(node), act))
+
+    def _pool(self, node: fx.Node) -> None:
+        value = self.value(cast(fx.Node, node.args[0]))
+        writer = self.writers.get(value)
+        if writer is None:
+            self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(value), source=value))
+            return
+        if writer.pooled is None:
+            writer.pooled = self._new()
+        self.values[node] = writer.pooled
+
+    def _cat(self, node: fx.Node) -> None:
+        nodes = cast("list[fx.Node]", node.args[0])
+        parts = [self.value(part) for part in nodes]
+        out, offset = self._new(), 0
+        for part, value in zip(nodes, parts, strict=True):
+            self.steps.append(Step(Kind.COPY, out, Beside(tuple(parts)), source=value, offset=offset))
+            offset += _channels(part)
+        self.values[node] = out
+
+    def _join(self, node: fx.Node) -> None:
+        highs, lows = cast("tuple[list[fx.Node], list[fx.Node]]", node.args[:2])
+        act = cast(str, node.args[3]) if len(node.args) > 3 else ""
+        up = None
+        if len(lows) == 1 and not self._is_free(lows[0], node):
+            up = self.value(lows[0])
+        elif lows:
+            up = self._sum(lows, node, "", None)
+        self.values[node] = self._sum(highs, node, act, up)
+
+    def _is_free(self, term: fx.Node, node: fx.Node) -> bool:
+        """Whether a term is a full convolution that this sum alone reads, once."""
+        pending = self.pending.get(term)
+        return pending is not None and pending.conv is not None and not pending.depthwise and list(term.users) == [node]
+
+    def _sum(self, terms: list[fx.Node], node: fx.Node, act: str, up: int | None) -> int:
+        taken: list[Pending] = []
+        plains: list[int] = []
+        for term in terms:
+            if self._is_free(term, node) and len(taken) < AT_ONCE:
+                taken.append(self.pending.pop(term))
+            else:
+                plains.append(self.value(term))
+        channels = _channels(terms[0])
+        while len(plains) > AT_ONCE:
+            partial = self._emit(self._plain_sum(plains[:AT_ONCE], channels))
+            plains = [*plains[AT_ONCE:], partial]
+        # The whole sum has the size that its uncropped terms have.
+        size = Like(plains[0]) if plains else min(taken, key=lambda found: isinstance(found.size, Cropped)).size
+        convs = [cast(Conv, pending.conv) for pending in taken]
+        step = Step(Kind.SUM, self._new(), size, convs, plains, up=up, act=act)
+        step.bias = _sum_of([pending.bias for pending in taken], channels)
+        return self._emit(step)
+
+    def _plain_sum(self, values: list[int], channels: int, act: str = "") -> Step:
+        step = Step(Kind.SUM, self._new(), Like(values[0]), plains=values, act=act)
+        step.bias = torch.zeros(channels)
+        return step
+
+    def _settle(self, node: fx.Node, pending: Pending, act: str) -> None:
+        """Gives what is pending a step of its own."""
+        if pending.conv is None:
+            step = Step(Kind.AFFINE, self._new(), pending.size, source=pending.source, act=act)
+            step.scale, step.bias = pending.scale, pending.bias
+        else:
+            kind = Kind.DEPTHWISE if pending.depthwise else Kind.SUM
+            step = Step(kind, self._new(), pending.size, [pending.conv], act=act)
+            step.bias = _sum_of([pending.bias], len(pending.conv.weight))
+        self.values[node] = self._emit(step)
+
+
+def _sum_of(biases: list[Tensor | None], channels: int) -> Tensor:
+    return torch.stack([torch.zeros(channels), *(bias.float() for bias in biases if bias is not None)]).sum(0)
+
+
+def _channels(node: fx.Node) -> int:
+    return cast(Tensor, node.meta["value"]).shape[1]

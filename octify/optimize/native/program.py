@@ -1,0 +1,183 @@
+"""A part of a network that octify's own kernels run in one call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from octify.errors import BackendError
+from octify.optimize.native.library import library, why_not
+from octify.optimize.native.sizes import Halved
+from octify.optimize.native.steps import CMap, CStep, Kind, Shape, Sizes, Step, structure
+
+ALIGN = 16  # floats
+KEPT = 16  # input sizes that a thread stays ready for
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program laid out for inputs of one size: the maps' places, and the memory of those that stay inside."""
+
+    maps: Any
+    room: Tensor
+    outputs: tuple[Shape, ...]
+
+
+class Program(nn.Module):
+    """Steps over numbered values; the inputs are the values 0, 1, … ; float32 tensors (N, C, H, W), channels last.
+
+    Runs without gradients. Threads may share it: each keeps memory of its own.
+
+    Raises:
+        BackendError: in a process that cannot load the kernels.
+    """
+
+    def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.steps, self.inputs, self.outputs = list(steps), inputs, tuple(outputs)
+        self._ready()
+
+    def _ready(self) -> None:
+        self._own = threading.local()
+        self._structures: tuple[Any, list[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_own", "_structures")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__(state)
+        self._ready()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """One tensor where there is one output, else a tuple."""
+        loaded = library()
+        if loaded is None:
+            raise BackendError(f"this form needs octify's kernels: {why_not()}")
+        given = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+        bound = self._bound(tuple(tuple(x.shape) for x in given))  # pyright: ignore[reportArgumentType]
+        steps, _, zeros = self._structures or self._structure(loaded.wide)
+        maps = bound.maps
+        for value, x in enumerate(given):
+            maps[value].data = x.data_ptr()
+        results: list[Tensor] = []
+        for value, (n, c, h, w) in zip(self.outputs, bound.outputs, strict=True):
+            result = torch.empty((n, h, w, c)).permute(0, 3, 1, 2)
+            maps[value].data = result.data_ptr()
+            results.append(result)
+        loaded.run(steps, len(steps), maps, zeros.data_ptr(), torch.get_num_threads())
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _structure(self, wide: int) -> tuple[Any, list[Tensor], Tensor]:
+        made = [structure(step, wide) for step in self.steps]
+        rows = (CStep * len(made))(*(row for row, _ in made))
+        widest = max((conv.weight.shape[1] * conv.groups for step in self.steps for conv in step.convs), default=0)
+        self._structures = rows, [tensor for _, kept in made for tensor in kept], torch.zeros(widest + ALIGN)
+        return self._structures
+
+    def _bound(self, shapes: tuple[Shape, ...]) -> Bound:
+        known = cast("dict[tuple[Shape, ...], Bound]", self._own.__dict__)
+        if shapes not in known:
+            if len(known) >= KEPT:
+                known.clear()
+            known[shapes] = self._bind(shapes)
+        return known[shapes]
+
+    def sizes(self, shapes: Sequence[Shape]) -> Sizes:
+        """The shape of every value for inputs of these shapes."""
+        sizes: Sizes = dict(enumerate(shapes))
+        for step in self.steps:
+            sizes.setdefault(step.out, step.size(sizes))
+            if step.pooled is not None:
+                sizes[step.pooled] = Halved(step.out)(sizes)
+        return sizes
+
+    def _bind(self, shapes: tuple[Shape, ...]) -> Bound:
+        sizes = self.sizes(shapes)
+        starts, total = self._places(sizes)
+        room = torch.empty(total + ALIGN)
+        base = room.data_ptr() + -room.data_ptr() % (4 * ALIGN)
+        maps = (CMap * (max(sizes) + 1))()
+        for value, (n, c, h, w) in sizes.items():
+            maps[value] = CMap(base + 4 * starts[value] if value in starts else None, n, h, w, c)
+        return Bound(maps, room, tuple(sizes[value] for value in self.outputs))
+
+    def _places(self, sizes: Sizes) -> tuple[dict[int, int], int]:
+        """Where each inner value begins, so that values that never live together share memory; and how much in all."""
+        last = {value: index for index, step in enumerate(self.steps) for value in (*step.reads, *step.writes)}
+        outer = {*range(self.inputs), *self.outputs}
+        room = _Room()
+        starts: dict[int, int] = {}
+        for index, step in enumerate(self.steps):
+            for value in step.writes:
+                if value in outer or value in starts:
+                    continue
+                heir = next((v for v in _may_overwrite(step, value) if v in starts and last[v] == index), None)
+                if heir is not None and sizes[heir] == sizes[value]:
+                    starts[value] = starts[heir]
+                    room.hand_over(starts[heir])
+                    continue
+                n, c, h, w = sizes[value]
+                starts[value] = room.take(n * c * h * w)
+            for value in {*step.reads, *step.writes}:
+                if value in starts and last[value] == index:
+                    room.give_back(starts[value])
+        return starts, room.end
+
+
+def _may_overwrite(step: Step, value: int) -> list[int]:
+    """What a step reads at the very place where it writes, and nowhere else."""
+    if value != step.out:
+        return []
+    if step.kind == Kind.AFFINE and step.source is not None:
+        return [step.source]
+    if step.kind != Kind.SUM:
+        return []
+    elsewhere = {step.up, *(conv.value for conv in step.convs)}
+    return [plain for plain in step.plains if plain not in elsewhere]
+
+
+class _Room:
+    """Memory given out in pieces, in floats: the smallest free piece that fits, else at the end."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._used: dict[int, int] = {}
+        self._owners: dict[int, int] = {}
+        self._free: list[tuple[int, int]] = []  # start, size
+
+    def take(self, size: int) -> int:
+        size = -(-size // ALIGN) * ALIGN
+        fitting = [piece for piece in self._free if piece[1] >= size]
+        if fitting:
+            start, length = min(fitting, key=lambda piece: piece[1])
+            self._free.remove((start, length))
+            if length > size:
+                self._free.append((start + size, length - size))
+        else:
+            start, self.end = self.end, self.end + size
+        self._used[start], self._owners[start] = size, 1
+        return start
+
+    def hand_over(self, start: int) -> None:
+        """A second value lives where the first one does until that is given back."""
+        self._owners[start] += 1
+
+    def give_back(self, start: int) -> None:
+        self._owners[start] -= 1
+        if self._owners[start]:
+            return
+        size = self._used.pop(start)
+        before = next((piece for piece in self._free if piece[0] + piece[1] == start), None)
+        if before:
+            self._free.remove(before)
+            start, size = before[0], before[1] + size
+        after = next((piece for piece in self._free if piece[0] == start + size), None)
+        if after:
+            self._free.remove(after)
+            size += after[1]
+        self._free.append((start, size))

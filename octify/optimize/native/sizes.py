@@ -1,0 +1,78 @@
+"""How big what a step writes is, for any sizes of what is there before it: functions that can be pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from octify.optimize.native.steps import Conv, Shape, Sizes
+
+
+@dataclass(frozen=True)
+class Like:
+    """As big as another value."""
+
+    value: int
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        return sizes[self.value]
+
+
+@dataclass(frozen=True)
+class Halved:
+    """As big as another value on the low grid."""
+
+    value: int
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        n, c, h, w = sizes[self.value]
+        return n, c, (h + 1) // 2, (w + 1) // 2
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The channels of several values, one behind the other."""
+
+    parts: tuple[int, ...]
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        n, _, h, w = sizes[self.parts[0]]
+        return n, sum(sizes[part][1] for part in self.parts), h, w
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """What a convolution gives; `after` is what is padded at the bottom and on the right."""
+
+    conv: Conv
+    after: tuple[int, int]
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        conv = self.conv
+        n, _, *lengths = sizes[conv.value]
+        rows = zip(lengths, conv.before, self.after, conv.kernel, conv.dilation, conv.stride, strict=True)
+        h, w = ((x + left + right - d * (k - 1) - 1) // s + 1 for x, left, right, k, d, s in rows)
+        return n, len(conv.weight), h, w
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """What a convolution gives, cut along some dims to the size that the source's geometry has for its high map."""
+
+    inner: Convolved
+    high: int
+    halved: tuple[Any, ...]  # the source's axes, which are halved on the low grid
+    crop: tuple[int, ...]
+    low: tuple[bool, ...]
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        shape = list(self.inner(sizes))
+        for dim in self.crop:
+            full = self.halved[dim].out_size(sizes[self.high][dim])
+            shape[dim] = (full + 1) // 2 if self.low[dim] else full
+        return cast(Shape, tuple(shape))

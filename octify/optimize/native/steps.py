@@ -1,0 +1,187 @@
+"""A program's steps: what `kernels.cpp` does to which maps, as plain values and as the structures that it reads.
+
+Values are numbered maps (N, C, H, W), channels last in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int, int]
+Sizes = dict[int, Shape]
+AT_ONCE = 4  # convolutions, and plain maps, that one step sums
+
+ACTS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "sigmoid": 5, "tanh": 6}
+
+
+class Kind(IntEnum):
+    """As in `kernels.cpp`."""
+
+    SUM = 0
+    DEPTHWISE = 1
+    POOL = 2
+    AFFINE = 3
+    COPY = 4
+
+
+@dataclass
+class Conv:
+    """A convolution of a value: weight (O, I / groups, h, w); `before` is what is padded on top and on the left."""
+
+    value: int
+    weight: Tensor
+    stride: tuple[int, int]
+    before: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.weight.shape[2], self.weight.shape[3]
+
+
+@dataclass
+class Step:
+    """One step; `size` gives the output's shape from those of the values before it."""
+
+    kind: Kind
+    out: int
+    size: Callable[[Sizes], Shape]
+    convs: list[Conv] = field(default_factory=list[Conv])
+    plains: list[int] = field(default_factory=list[int])
+    source: int | None = None  # what a step without convolutions reads
+    up: int | None = None
+    pooled: int | None = None
+    act: str = ""
+    offset: int = 0
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def reads(self) -> list[int]:
+        """The values that the step reads."""
+        single = [value for value in (self.source, self.up) if value is not None]
+        return [*(conv.value for conv in self.convs), *self.plains, *single]
+
+    @property
+    def writes(self) -> list[int]:
+        """The values that the step writes."""
+        return [self.out] if self.pooled is None else [self.out, self.pooled]
+
+
+class CMap(ctypes.Structure):
+    """`Map`."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "nhwc")]
+
+
+class CConv(ctypes.Structure):
+    """`Conv`."""
+
+    _fields_ = [
+        ("map", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("span", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "before", "dilation")),
+    ]
+
+
+class CStep(ctypes.Structure):
+    """`Step`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "act", "convs", "plains", "up")),
+        ("plain", ctypes.c_int64 * AT_ONCE),
+        ("offset", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("conv", CConv * AT_ONCE),
+    ]
+
+
+def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
+    """A step as the kernels read it, and the tensors that it points to."""
+    kept: list[Tensor] = []
+
+    def place(tensor: Tensor) -> int:
+        kept.append(tensor)
+        return tensor.data_ptr()
+
+    made = CStep(
+        kind=step.kind,
+        out=step.out,
+        pooled=-1 if step.pooled is None else step.pooled,
+        act=ACTS[step.act],
+        convs=len(step.convs),
+        plains=len(step.plains),
+        up=-1 if step.up is None else step.up,
+        plain=(ctypes.c_int64 * AT_ONCE)(*step.plains),
+        offset=step.offset,
+        scale=None if step.scale is None else place(padded(step.scale, wide)),
+        bias=None if step.bias is None else place(padded(step.bias, wide)),
+    )
+    if step.source is not None:
+        made.conv[0].map = step.source
+    for conv, row in zip(step.convs, made.conv, strict=False):
+        pair = ctypes.c_int64 * 2
+        row.map = conv.value
+        row.kernel, row.stride = pair(*conv.kernel), pair(*conv.stride)
+        row.before, row.dilation = pair(*conv.before), pair(*conv.dilation)
+        if step.kind == Kind.DEPTHWISE:
+            row.weight = place(conv.weight.flatten(1).t().contiguous())
+            continue
+        weight, first = pack_weight(conv.weight, conv.groups, wide)
+        row.weight, row.first, row.span = place(aligned(weight)), place(first), weight.shape[2]
+    return made, kept
+
+
+def padded(row: Tensor, wide: int) -> Tensor:
+    """A row of channels up to whole panels."""
+    return torch.cat([row.float(), row.new_zeros(-len(row) % wide).float()]).contiguous()
+
+
+def aligned(tensor: Tensor, size: int = 64) -> Tensor:
+    """The same values at an address that vectors can be loaded from."""
+    room = torch.empty(tensor.numel() + size // 4, dtype=torch.float32)
+    start = -room.data_ptr() // 4 % (size // 4)
+    return room[start : start + tensor.numel()].copy_(tensor.flatten())
+
+
+def spans(channels: tuple[int, int], groups: int, wide: int) -> tuple[list[int], int]:
+    """The first input channel that each panel of outputs reads, and how many it reads."""
+    inputs, outputs = channels
+    give, take = outputs // groups, inputs // groups
+    starts = range(0, outputs, wide)
+    edges = [(start // give * take, ((min(start + wide, outputs) - 1) // give + 1) * take) for start in starts]
+    span = max(last - first for first, last in edges)
+    return [min(first, inputs - span) for first, _ in edges], span
+
+
+def waste(channels: tuple[int, int], groups: int, wide: int) -> float:
+    """How many products a grouped convolution makes for one that it needs."""
+    panels, span = spans(channels, groups, wide)
+    return len(panels) * wide * span * groups / (channels[0] * channels[1])
+
+
+def pack_weight(weight: Tensor, groups: int, wide: int) -> tuple[Tensor, Tensor]:
+    """(panels, taps, span, wide), zero where a group does not reach, and the first channel of each panel."""
+    outputs, take = weight.shape[0], weight.shape[1]
+    first, span = spans((take * groups, outputs), groups, wide)
+    flat = weight.detach().float().flatten(2).permute(2, 1, 0)  # taps, inputs of a group, outputs
+    packed = torch.zeros(len(first), flat.shape[0], span, wide)
+    for panel, start in enumerate(first):
+        low, high = panel * wide, min((panel + 1) * wide, outputs)
+        for group in range(low * groups // outputs, (high - 1) * groups // outputs + 1):
+            give = outputs // groups
+            begin, end = max(low, group * give), min(high, (group + 1) * give)
+            at = group * take - start
+            packed[panel, :, at : at + take, begin - low : end - low] = flat[:, :, begin:end]
+    return packed, torch.tensor(first, dtype=torch.int64)
