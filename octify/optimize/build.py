@@ -67,7 +67,7 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
     if backend == "eager":
         return _for_eager(module, example)
     if backend == "compile":
-        return _for_compile(module)
+        return _for_compile(module, example)
     return module
 
 
@@ -92,11 +92,16 @@ def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     if device.type == "cpu":
         inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
-        record_values(meta_copy(module).eval(), module.graph, example)
-        if not why_not():
-            module.octify_passes["programs of octify's own kernels"] = lower_native(module)
+        _run_here(module, example)
         module.octify_passes |= lower_eager(module, inputs)
     return _finished(module)
+
+
+def _run_here(module: Optimized, example: tuple[Any, ...]) -> None:
+    """Octify's own kernels, where this machine can build them."""
+    if not why_not():
+        record_values(meta_copy(module).eval(), module.graph, example)
+        module.octify_passes["programs of octify's own kernels"] = lower_native(module)
 
 
 class Frozen(nn.Module):
@@ -117,12 +122,13 @@ class Frozen(nn.Module):
             return self.compiled(*inputs)
 
 
-def _for_compile(module: Optimized) -> nn.Module:
+def _for_compile(module: Optimized, example: tuple[Any, ...]) -> nn.Module:
     """Channels last on the CPU; on a GPU as one CUDA graph, where inductor can make one."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     module = module.to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        return Frozen(module)
+        _run_here(module, example)
+        return Frozen(_finished(module))
     return cast(nn.Module, torch.compile(module, mode="reduce-overhead"))
 
 

@@ -131,17 +131,17 @@ def _is_map(node: fx.Node) -> bool:
 
 
 def _concatenates_channels(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return dim == 1 and isinstance(node.args[0], (list, tuple))
+    parts, *rest = cast("tuple[Any, ...]", node.args)
+    return (rest or [node.kwargs.get("dim", 0)])[0] == 1 and isinstance(parts, (list, tuple))
 
 
 def _joins_here(node: fx.Node) -> bool:
     """Whether all terms of a sum have its size (or, upsampled, half of it)."""
-    shape = cast(Tensor, value_of(node)).shape
-    highs, lows, spatial = cast(Any, node.args[:3])
-    small = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
-    fits = all(cast(Tensor, value_of(term)).shape == shape for term in highs)
-    return spatial == 2 and fits and all(tuple(cast(Tensor, value_of(term)).shape) == small for term in lows)
+    shape = shape_of(value_of(node)) or ()
+    highs, lows, spatial = cast("tuple[list[fx.Node], list[fx.Node], int]", node.args[:3])
+    small = (*shape[:2], *((size + 1) // 2 for size in shape[2:]))
+    fits = all(shape_of(value_of(term)) == shape for term in highs)
+    return spatial == 2 and fits and all(shape_of(value_of(term)) == small for term in lows)
 
 
 def _read_map(module: fx.GraphModule, node: fx.Node) -> None:

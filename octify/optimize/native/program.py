@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +30,11 @@ class Bound:
     outputs: tuple[Shape, ...]
 
 
+# A compiled graph knows a program by its number.
+_handles = itertools.count()
+_programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+
+
 class Program(nn.Module):
     """Steps over numbered values; the inputs are the values 0, 1, … ; float32 tensors (N, C, H, W), channels last.
 
@@ -45,9 +52,11 @@ class Program(nn.Module):
     def _ready(self) -> None:
         self._own = threading.local()
         self._structures: tuple[Any, list[Tensor], Tensor] | None = None
+        self.handle = next(_handles)
+        _programs[self.handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_own", "_structures")}
+        return {name: value for name, value in vars(self).items() if name not in ("_own", "_structures", "handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
@@ -55,6 +64,14 @@ class Program(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """One tensor where there is one output, else a tuple."""
+        if torch.compiler.is_compiling():
+            results = cast(Any, torch.ops).octify.run(list(inputs), self.handle)
+        else:
+            results = self.run(inputs)
+        return results[0] if len(self.outputs) == 1 else tuple(results)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs."""
         loaded = library()
         if loaded is None:
             raise BackendError(f"this form needs octify's kernels: {why_not()}")
@@ -70,7 +87,13 @@ class Program(nn.Module):
             maps[value].data = result.data_ptr()
             results.append(result)
         loaded.run(steps, len(steps), maps, zeros.data_ptr(), torch.get_num_threads())
-        return results[0] if len(results) == 1 else tuple(results)
+        return results
+
+    def pretend(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the outputs' shapes and layouts, for a compiler."""
+        sizes = self.sizes([cast(Shape, tuple(x.shape)) for x in inputs])
+        shapes = [sizes[value] for value in self.outputs]
+        return [inputs[0].new_empty((n, h, w, c)).permute(0, 3, 1, 2) for n, c, h, w in shapes]
 
     def _structure(self, wide: int) -> tuple[Any, list[Tensor], Tensor]:
         made = [structure(step, wide) for step in self.steps]
@@ -181,3 +204,19 @@ class _Room:
             self._free.remove(after)
             size += after[1]
         self._free.append((start, size))
+
+
+_operators: Any = cast(Any, torch.library).Library("octify", "FRAGMENT")
+_operators.define("run(Tensor[] inputs, int program) -> Tensor[]")
+
+
+def _run(inputs: list[Tensor], program: int) -> list[Tensor]:
+    return _programs[program].run(inputs)
+
+
+def _pretend(inputs: list[Tensor], program: int) -> list[Tensor]:
+    return _programs[program].pretend(inputs)
+
+
+_operators.impl("run", _run, "CPU")
+cast(Any, torch.library).register_fake("octify::run", _pretend, lib=_operators)
