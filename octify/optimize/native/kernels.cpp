@@ -192,31 +192,69 @@ static void pool_rows(const Map& x, const Map& out, int64_t image, int64_t from,
   }
 }
 
+// Calls visit(first pixel, image, row, first column, columns) for the parts of rows that some pixels make up.
+template <class Visit>
+static inline void each_row(const Map& out, int64_t from, int64_t count, Visit visit) {
+  int64_t row = from / out.w, column = from % out.w;
+  for (int64_t i = 0; i < count;) {
+    const int64_t columns = std::min(out.w - column, count - i);
+    visit(i, row / out.h, row % out.h, column, columns);
+    i += columns, ++row, column = 0;
+  }
+}
+
 // Per tap, where each of some output pixels (counted through all images) finds its input; zeros beyond the borders.
 static void find_rows(const Conv& conv, const Map& x, const Map& out, int64_t from, int64_t count, int64_t pitch,
                       const float* zeros, const float** rows) {
-  const int64_t image = out.h * out.w;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t pixel = from + i, n = pixel / image, oh = pixel % image / out.w, ow = pixel % out.w;
-    const float** row = rows + i;
+  const int64_t step = conv.stride[1] * x.c;
+  each_row(out, from, count, [&](int64_t i, int64_t n, int64_t oh, int64_t column, int64_t columns) {
+    const float** to = rows + i;
     for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
       const int64_t h = oh * conv.stride[0] + kh * conv.dilation[0] - conv.before[0];
-      for (int64_t kw = 0; kw < conv.kernel[1]; ++kw, row += pitch) {
-        const int64_t w = ow * conv.stride[1] + kw * conv.dilation[1] - conv.before[1];
-        const bool inside = h >= 0 && w >= 0 && h < x.h && w < x.w;
-        *row = inside ? x.data + ((n * x.h + h) * x.w + w) * x.c : zeros;
+      const float* line = x.data + (n * x.h + h) * x.w * x.c;
+      const bool beyond = h < 0 || h >= x.h;
+      for (int64_t kw = 0; kw < conv.kernel[1]; ++kw, to += pitch) {
+        const int64_t shift = kw * conv.dilation[1] - conv.before[1];  // w = column · stride + shift
+        int64_t j = 0, w = column * conv.stride[1] + shift;
+        const int64_t last = beyond ? 0 : std::min(columns, (x.w - 1 - w + conv.stride[1]) / conv.stride[1]);
+        for (; j < last && w < 0; ++j, w += conv.stride[1]) to[j] = zeros;
+        const float* place = line + w * x.c;
+        for (; j < last; ++j, place += step) to[j] = place;
+        for (; j < columns; ++j) to[j] = zeros;
       }
     }
-  }
+  });
+}
+
+constexpr int64_t FEW = 4;  // channels of a map whose neighbours along a row are read as one run
+
+// A convolution of few channels (of an image) as one of a kernel one wide: along a row of a map with zeros at its ends,
+// what a kernel's row reads is one run of numbers, and so is its weight.
+static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>& room) {
+  if (x.c > FEW || conv.span != x.c || conv.kernel[1] == 1 || conv.dilation[1] != 1) return;
+  const int64_t reach = (out.w - 1) * conv.stride[1] + conv.kernel[1], left = conv.before[1];
+  const int64_t wide = std::max(reach, left + x.w);
+  room.assign(x.n * x.h * wide * x.c, 0.f);
+  for (int64_t row = 0; row < x.n * x.h; ++row)
+    std::copy_n(x.data + row * x.w * x.c, x.w * x.c, room.data() + (row * wide + left) * x.c);
+  conv.span *= conv.kernel[1], conv.kernel[1] = 1, conv.before[1] = 0;
+  x = {room.data(), x.n, x.h, wide, x.c};
 }
 
 static void run_sum(const Step& step, const Map* maps, const float* zeros, int threads) {
   const Map& out = maps[step.out];
+  static thread_local std::vector<float> rooms[4];
+  Conv convs[4];
+  Map inputs[4];
+  for (int64_t i = 0; i < step.convs; ++i) {
+    convs[i] = step.conv[i], inputs[i] = maps[convs[i].map];
+    join_columns(convs[i], inputs[i], out, rooms[i]);
+  }
   const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + WIDE - 1) / WIDE;
   int64_t bytes = 4 * out.c, rows = 0;
   for (int64_t i = 0; i < step.convs; ++i) {
-    const Conv& conv = step.conv[i];
-    bytes += 4 * maps[conv.map].c * conv.stride[0] * conv.stride[1];
+    const Conv& conv = convs[i];
+    bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1];
     rows += conv.kernel[0] * conv.kernel[1];
   }
   const int64_t block = std::max<int64_t>(8 * MOST, std::min<int64_t>(CACHE / bytes, 84 * MOST));
@@ -242,9 +280,9 @@ static void run_sum(const Step& step, const Map* maps, const float* zeros, int t
     Source sources[4];
     int64_t used = 0;
     for (int64_t i = 0; i < step.convs; ++i) {
-      const Conv& conv = step.conv[i];
+      const Conv& conv = convs[i];
       sources[i] = {found.data() + used, nullptr, conv.kernel[0] * conv.kernel[1], conv.span, 0};
-      find_rows(conv, maps[conv.map], out, from, count, count, zeros, found.data() + used);
+      find_rows(conv, inputs[i], out, from, count, count, zeros, found.data() + used);
       used += sources[i].taps * count;
     }
     Tile tile{sources, step.convs, count, step.bias, {}, step.plains, nullptr, nullptr, out.data + from * out.c, out.c, step.act};
@@ -252,16 +290,16 @@ static void run_sum(const Step& step, const Map* maps, const float* zeros, int t
     if (step.up >= 0) {
       const Map& up = maps[step.up];
       low.resize(count);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t pixel = from + i, n = pixel / image, h = pixel % image / out.w, w = pixel % out.w;
-        low[i] = (n * up.h + h / 2) * up.w + w / 2;
-      }
+      each_row(out, from, count, [&](int64_t i, int64_t n, int64_t h, int64_t column, int64_t columns) {
+        const int64_t line = (n * up.h + h / 2) * up.w;
+        for (int64_t j = 0; j < columns; ++j) low[i + j] = line + (column + j) / 2;
+      });
       tile.up = up.data, tile.low = low.data();
     }
     const int64_t tiles = (count + MOST - 1) / MOST;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
       for (int64_t i = 0; i < step.convs; ++i) {
-        const Conv& conv = step.conv[i];
+        const Conv& conv = convs[i];
         sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * WIDE;
         sources[i].first = conv.first[panel];
       }
