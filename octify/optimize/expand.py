@@ -7,11 +7,13 @@ After:  join([conv hh], [conv lh]) and join([conv ll, conv hl of the pooled map]
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from octify.graph import get_module, set_module
+from octify.kernels import fits_always
 from octify.layers import OctConv
 from octify.optimize.forms import Enter, Leave, OutSize, empty_high, join
 from octify.resample import average, pool_low, up_to
@@ -60,7 +62,8 @@ def _replace(node: fx.Node, value: Value) -> None:
 def _paths_of(conv: OctConv) -> nn.Module:
     """One dense convolution per path, and what some paths do around theirs."""
     home = nn.Module()
-    for path, route in conv.routes.items():
+    for path, given in conv.routes.items():
+        route = pad_instead(conv, given)
         home.add_module(path, _dense(conv, path, route))
         if _enters(route):
             home.add_module(f"{path}_enter", Enter(route))
@@ -68,6 +71,28 @@ def _paths_of(conv: OctConv) -> nn.Module:
             home.add_module(f"{path}_leave", Leave(route))
     home.add_module("size", OutSize(conv._halved))  # pyright: ignore[reportPrivateUsage]
     return home.eval()
+
+
+def pad_instead(conv: OctConv, route: Route) -> Route:
+    """The same path with zeros on the left alone where the convolution's own, on both sides, have to be cropped.
+
+    Runtimes take such zeros into the convolution, and then it computes nothing that is thrown away.
+    """
+    axes = conv._axes  # pyright: ignore[reportPrivateUsage]
+    if not route.crop or route.pads or route.same or isinstance(route.padding, str):
+        return route
+    right = [0] * len(axes)
+    for dim in range(-len(axes), 0):
+        left, taps = route.padding[dim], route.taps[dim]
+        if dim not in route.crop:
+            right[dim] = left
+            continue
+        fitting = [n for n in range(left) if fits_always(axes[dim], taps, route.low[dim], n)]
+        if not fitting or taps.first != -left:
+            return route
+        right[dim] = fitting[0]
+    amounts = tuple(n for pair in zip(reversed(route.padding), reversed(right), strict=True) for n in pair)
+    return replace(route, padding=(0,) * len(axes), pads=(("constant", amounts),), crop=())
 
 
 def _enters(route: Route) -> bool:
@@ -127,7 +152,7 @@ class _Expansion:
         return self.size_node
 
     def _path(self, path: str, x: fx.Node) -> fx.Node:
-        route = self.conv.routes[path]
+        route = pad_instead(self.conv, self.conv.routes[path])
         if _enters(route):
             x = self.graph.call_module(f"{self.target}.{path}_enter", (x, self._size()))
         elif route.pool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.graph import get_module
+from octify.octconv import as_tuple
 from octify.optimize.forms import Enter, Leave, join
 from octify.optimize.native.sizes import Beside, Convolved, Cropped, Halved, Like
 from octify.optimize.native.steps import AT_ONCE, Conv, Kind, Shape, Sizes, Step
@@ -31,7 +32,7 @@ class Pending:
     @property
     def depthwise(self) -> bool:
         """One input channel for each output channel."""
-        if self.conv is None:
+        if self.conv is None or self.conv.weight is None:
             return False
         outputs, inputs = self.conv.weight.shape[:2]
         return inputs == 1 and self.conv.groups == outputs > 1
@@ -90,6 +91,14 @@ class Builder:
             )
         elif isinstance(module, nn.Conv2d):
             self._conv(node, source, module)
+        elif isinstance(module, nn.MaxPool2d):
+            pairs = [
+                cast("tuple[int, int]", as_tuple(given, 2))
+                for given in (module.kernel_size, module.stride, module.padding, module.dilation)
+            ]
+            window = Conv(self.value(source), pairs[0], pairs[1], pairs[2], pairs[3])
+            step = Step(Kind.GREATEST, self._new(), Convolved(window, window.before), [window])
+            self.values[node] = self._emit(step)
         else:
             scale, shift = scale_and_shift(module)
             value = self.value(source)
@@ -102,7 +111,8 @@ class Builder:
             source = cast(fx.Node, source.args[0])
             before, after = (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
         stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
-        made = Conv(self.value(source), conv.weight.detach(), stride, before, dilation, conv.groups)
+        kernel, weight = cast("tuple[int, int]", conv.kernel_size), conv.weight.detach()
+        made = Conv(self.value(source), kernel, stride, before, dilation, conv.groups, weight)
         bias = None if conv.bias is None else conv.bias.detach()
         self.pending[node] = Pending(Convolved(made, after), bias, made)
 
@@ -180,7 +190,7 @@ class Builder:
         else:
             kind = Kind.DEPTHWISE if pending.depthwise else Kind.SUM
             step = Step(kind, self._new(), pending.size, [pending.conv], act=act)
-            step.bias = _sum_of([pending.bias], len(pending.conv.weight))
+            step.bias = _sum_of([pending.bias], _channels(node))
         self.values[node] = self._emit(step)
 
 

@@ -22,7 +22,7 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
 
-enum Kind { SUM = 0, DEPTHWISE = 1, POOL = 2, AFFINE = 3, COPY = 4 };
+enum Kind { SUM = 0, DEPTHWISE = 1, POOL = 2, AFFINE = 3, COPY = 4, GREATEST = 5 };
 enum Act { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4, SIGMOID = 5, TANH = 6 };
 
 struct Map {
@@ -376,6 +376,38 @@ static void run_copy(const Step& step, const Map* maps, int threads) {
     std::copy_n(x.data + pixel * x.c, x.c, out.data + pixel * out.c + step.offset);
 }
 
+// Max pooling; what lies beyond the borders does not count.
+static void run_greatest(const Step& step, const Map* maps, const float* zeros, int threads) {
+  const Map& out = maps[step.out];
+  const Conv& conv = step.conv[0];
+  const Map& x = maps[conv.map];
+  const int64_t taps = conv.kernel[0] * conv.kernel[1];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < out.n * out.h; ++row) {
+    std::vector<const float*> found(taps * out.w);
+    find_rows(conv, x, out, row * out.w, out.w, out.w, zeros, found.data());
+    for (int64_t ow = 0; ow < out.w; ++ow) {
+      int64_t inside = 0;
+      for (int64_t tap = 0; tap < taps; ++tap)
+        if (found[tap * out.w + ow] != zeros) found[inside++ * out.w + ow] = found[tap * out.w + ow];
+      float* to = out.data + (row * out.w + ow) * out.c;
+      int64_t c = 0;
+      for (; c + LANES <= out.c; c += LANES) {
+        vec v = load(found[ow] + c);
+        for (int64_t tap = 1; tap < inside; ++tap) v = most(v, load(found[tap * out.w + ow] + c));
+        store(to + c, activate(v, step.act));
+      }
+      for (; c < out.c; ++c) {
+        float v = found[ow][c];
+        for (int64_t tap = 1; tap < inside; ++tap) v = v < found[tap * out.w + ow][c] ? found[tap * out.w + ow][c] : v;
+        to[c] = activate(all(v), step.act)[0];
+      }
+    }
+  }
+  if (step.pooled >= 0)
+    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+}
+
 static void run_pool(const Step& step, const Map* maps, int threads) {
   const Map &x = maps[step.conv[0].map], &out = maps[step.out];
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -391,6 +423,7 @@ void octify_run(const Step* steps, int64_t count, const Map* maps, const float* 
       case DEPTHWISE: run_depthwise(*step, maps, zeros, threads); break;
       case POOL: run_pool(*step, maps, threads); break;
       case AFFINE: run_affine(*step, maps, threads); break;
+      case GREATEST: run_greatest(*step, maps, zeros, threads); break;
       case COPY: run_copy(*step, maps, threads); break;
     }
 }

@@ -107,7 +107,8 @@ class _Natives:
         if node.op == "call_module":
             found = self._module(node)
             norm = type(found) is nn.BatchNorm2d and found.running_var is not None
-            return norm or self.is_conv(node) or self.borders(node) or bool(act_of(self.module, node))
+            window = type(found) is nn.MaxPool2d and not (found.ceil_mode or found.return_indices)
+            return norm or window or self.is_conv(node) or self.borders(node) or bool(act_of(self.module, node))
         return bool(act_of(self.module, node))
 
     def is_conv(self, node: fx.Node) -> bool:

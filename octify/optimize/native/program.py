@@ -98,8 +98,7 @@ class Program(nn.Module):
     def _structure(self, wide: int) -> tuple[Any, list[Tensor], Tensor]:
         made = [structure(step, wide) for step in self.steps]
         rows = (CStep * len(made))(*(row for row, _ in made))
-        # As many zeros as a kernel's row reads at most.
-        widest = max((conv.weight[0, :, 0].numel() * conv.groups for s in self.steps for conv in s.convs), default=0)
+        widest = max(step.widest for step in self.steps)
         self._structures = rows, [tensor for _, kept in made for tensor in kept], torch.zeros(widest + ALIGN)
         return self._structures
 

@@ -45,7 +45,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class Convolved:
-    """What a convolution gives; `after` is what is padded at the bottom and on the right."""
+    """What a convolution or a window gives; `after` is what is padded at the bottom and on the right."""
 
     conv: Conv
     after: tuple[int, int]
@@ -53,10 +53,10 @@ class Convolved:
     def __call__(self, sizes: Sizes) -> Shape:
         """The shape."""
         conv = self.conv
-        n, _, *lengths = sizes[conv.value]
+        n, channels, *lengths = sizes[conv.value]
         rows = zip(lengths, conv.before, self.after, conv.kernel, conv.dilation, conv.stride, strict=True)
         h, w = ((x + left + right - d * (k - 1) - 1) // s + 1 for x, left, right, k, d, s in rows)
-        return n, len(conv.weight), h, w
+        return n, channels if conv.weight is None else len(conv.weight), h, w
 
 
 @dataclass(frozen=True)

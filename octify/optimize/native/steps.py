@@ -28,23 +28,20 @@ class Kind(IntEnum):
     POOL = 2
     AFFINE = 3
     COPY = 4
+    GREATEST = 5
 
 
 @dataclass
 class Conv:
-    """A convolution of a value: weight (O, I / groups, h, w); `before` is what is padded on top and on the left."""
+    """A convolution of a value, weight (O, I / groups, h, w), or a window of it; `before`: padding on top and left."""
 
     value: int
-    weight: Tensor
+    kernel: tuple[int, int]
     stride: tuple[int, int]
     before: tuple[int, int]
     dilation: tuple[int, int]
     groups: int = 1
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.weight.shape[2], self.weight.shape[3]
+    weight: Tensor | None = None
 
 
 @dataclass
@@ -63,6 +60,12 @@ class Step:
     offset: int = 0
     scale: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def widest(self) -> int:
+        """How many numbers a row of a kernel reads at most."""
+        rows = [conv.weight[0, :, 0].numel() * conv.groups for conv in self.convs if conv.weight is not None]
+        return max(rows, default=0)
 
     @property
     def reads(self) -> list[int]:
@@ -135,6 +138,8 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         row.map = conv.value
         row.kernel, row.stride = pair(*conv.kernel), pair(*conv.stride)
         row.before, row.dilation = pair(*conv.before), pair(*conv.dilation)
+        if conv.weight is None:
+            continue
         if step.kind == Kind.DEPTHWISE:
             row.weight = place(conv.weight.flatten(1).t().contiguous())
             continue
