@@ -30,7 +30,7 @@ def measure(name: str, alpha: float, backends: tuple[str, ...], batch: int, thre
     """One row a backend."""
     source = build_model(name)
     plain = Conversion.read(source, Recipe.uniform(0.0))
-    octave = octify.convert(source, recipe=load_recipe("resnet" if "resn" in name else "stages", alpha))
+    octave = octify.convert(source, recipe=load_recipe("resnet" if "resn" in name else "uniform", alpha))
     dense = plain.apply(plain.plan())
     found = bench(dense, octave, backends=backends, batch=batch, threads=threads, rounds=rounds, progress=print)
     return [row(name, alpha, batch, threads, each) for each in found]

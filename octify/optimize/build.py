@@ -20,6 +20,7 @@ from octify.optimize.eager import lower_eager
 from octify.optimize.expand import expand_convs
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
+from octify.optimize.tune import faster
 from octify.recipe import Recipe
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
@@ -64,11 +65,12 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
         raise BackendError(f'backend is "{backend}": expected one of {", ".join(BACKENDS)}')
     example = example_of(model, example_inputs)
     module = flatten(model, example)
-    if backend == "eager":
-        return _for_eager(module, example)
-    if backend == "compile":
-        return _for_compile(module, example)
-    return module
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if backend in ("onnxruntime", "openvino"):
+        return module
+    if device.type == "cpu":
+        return _on_cpu(module, example, backend)
+    return module if backend == "eager" else _compiled(module)
 
 
 def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
@@ -88,20 +90,31 @@ def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
     return _finished(module)
 
 
-def _for_eager(module: Optimized, example: tuple[Any, ...]) -> Optimized:
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if device.type == "cpu":
-        inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
-        _run_here(module, example)
-        module.octify_passes |= lower_eager(module, inputs)
-    return _finished(module)
+def _on_cpu(module: Optimized, example: tuple[Any, ...], backend: str) -> nn.Module:
+    """With octify's own kernels where they measure faster, at the example's size, than oneDNN's."""
+    inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
+    own, theirs = _with_programs(module, example), _copied(module)
+    for form in (own, theirs):
+        if form is not None:
+            form.octify_passes |= lower_eager(form, inputs)
+            _finished(form)
+    wins = own is not None and faster(own, theirs, inputs)
+    if backend == "eager":
+        return own if own is not None and wins else theirs
+    if not wins:
+        return Frozen(_finished(module.to(memory_format=torch.channels_last)))
+    return Frozen(cast(Optimized, _with_programs(module, example)))
 
 
-def _run_here(module: Optimized, example: tuple[Any, ...]) -> None:
-    """Octify's own kernels, where this machine can build them."""
-    if not why_not():
-        record_values(meta_copy(module).eval(), module.graph, example)
-        module.octify_passes["programs of octify's own kernels"] = lower_native(module)
+def _with_programs(module: Optimized, example: tuple[Any, ...]) -> Optimized | None:
+    """A copy that runs on octify's own kernels; None where there are none, or nothing for them."""
+    if why_not():
+        return None
+    form = _copied(module)
+    record_values(meta_copy(form).eval(), form.graph, example)
+    count = lower_native(form)
+    form.octify_passes |= {"programs of octify's own kernels": count}
+    return _finished(form.to(memory_format=torch.channels_last)) if count else None
 
 
 class Frozen(nn.Module):
@@ -122,14 +135,15 @@ class Frozen(nn.Module):
             return self.compiled(*inputs)
 
 
-def _for_compile(module: Optimized, example: tuple[Any, ...]) -> nn.Module:
-    """Channels last on the CPU; on a GPU as one CUDA graph, where inductor can make one."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    module = module.to(memory_format=torch.channels_last)
-    if device.type == "cpu":
-        _run_here(module, example)
-        return Frozen(_finished(module))
-    return cast(nn.Module, torch.compile(module, mode="reduce-overhead"))
+def _compiled(module: Optimized) -> nn.Module:
+    """On a GPU as one CUDA graph, where inductor can make one."""
+    return cast(nn.Module, torch.compile(module.to(memory_format=torch.channels_last), mode="reduce-overhead"))
+
+
+def _copied(module: Optimized) -> Optimized:
+    form = copy.deepcopy(module)
+    form.octify_passes = dict(module.octify_passes)  # fx copies no attributes of its own accord
+    return form
 
 
 def _finished(module: Optimized) -> Optimized:

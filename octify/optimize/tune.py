@@ -37,7 +37,7 @@ def choose_products(module: fx.GraphModule, convs: dict[str, nn.Conv2d], inputs:
         product = GemmConv(conv, packed.act, packed.overwrite)
         key = (seen[path], packed.act, packed.overwrite, conv.bias is None, conv.out_channels)
         if key not in won:
-            won[key] = _faster(product, packed, *seen[path])
+            won[key] = faster(product, packed, _random(*seen[path]))
         if won[key]:
             set_module(module, path, product)
             count += 1
@@ -51,15 +51,18 @@ def _note(seen: dict[str, Any], path: str) -> Callable[..., None]:
     return hook
 
 
-def _faster(one: nn.Module, other: nn.Module, size: torch.Size, onto: torch.Size | None) -> bool:
-    """Whether `one` is faster than `other`, by the least of interleaved runs."""
-    args = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in (size, onto) if shape]
+def _random(size: torch.Size, onto: torch.Size | None) -> list[Tensor]:
+    return [torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in (size, onto) if shape]
+
+
+def faster(one: nn.Module, other: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether `one` is faster than `other` by more than noise, by the least of interleaved runs."""
     best = [float("inf"), float("inf")]
     with torch.inference_mode():
         for round_ in range(ROUNDS + 1):
             for index, form in enumerate((one, other)):
                 start = time.perf_counter()
-                form(*args)
+                form(*inputs)
                 if round_:
                     best[index] = min(best[index], time.perf_counter() - start)
     return best[0] < GAIN * best[1]
