@@ -1,7 +1,7 @@
 """octify's own kernels for float32 networks on a CPU, compiled on the machine that runs them."""
 
-from octify.optimize.native.library import why_not
+from octify.optimize.native.library import load_library, why_not
 from octify.optimize.native.lower import lower_native
 from octify.optimize.native.program import Program
 
-__all__ = ["Program", "lower_native", "why_not"]
+__all__ = ["Program", "load_library", "lower_native", "why_not"]

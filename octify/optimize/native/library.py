@@ -31,7 +31,7 @@ class Library:
         self.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
 
 
-def library() -> Library | None:
+def load_library() -> Library | None:
     """The kernels, compiled now if this machine has not done so before; None where that cannot be done."""
     return _load()[0]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from octify.errors import BackendError
-from octify.optimize.native.library import library, why_not
+from octify.optimize.native.library import load_library, why_not
 from octify.optimize.native.sizes import Halved
 from octify.optimize.native.steps import CMap, CStep, Kind, Shape, Sizes, Step, structure
 
@@ -72,7 +72,7 @@ class Program(nn.Module):
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs."""
-        loaded = library()
+        loaded = load_library()
         if loaded is None:
             raise BackendError(f"this form needs octify's kernels: {why_not()}")
         given = [x.contiguous(memory_format=torch.channels_last) for x in inputs]

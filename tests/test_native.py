@@ -1,0 +1,220 @@
+"""Octify's own kernels compute what PyTorch's do, for any geometry, size and number of threads."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import octify
+from octify.errors import BackendError
+from octify.graph import meta_copy, record_values
+from octify.optimize import build, flatten, optimize
+from octify.optimize.forms import ACTS, join
+from octify.optimize.native import Program, load_library, lower_native, program, why_not
+from octify.optimize.native.steps import pack_weight, spans
+from octify.resample import pool_low
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"octify's kernels need a C++ compiler: {why_not()}")
+
+
+def lowered(net: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[Program]]:
+    """A traced module with programs in place, and those."""
+    tracer = fx.Tracer()
+    module = fx.GraphModule(net, tracer.trace(net))
+    record_values(meta_copy(module).eval(), module.graph, tuple(x.to("meta") for x in inputs))
+    lower_native(module)
+    return module, [part for part in module.modules() if isinstance(part, Program)]
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= 2e-6 * (1 + wanted.abs().max()))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
+    """A convolution and an image that it fits."""
+    each = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2))
+    kernel, stride, padding, dilation = zip(draw(each), draw(each), strict=True)
+    groups = draw(st.sampled_from((1, 1, 2, 3)))
+    take, give = draw(st.integers(1, 9)), draw(st.integers(1, 21))
+    if draw(st.booleans()):
+        groups, take, give = draw(st.integers(2, 40)), 1, 1
+    conv = nn.Conv2d(take * groups, give * groups, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
+    least = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = [draw(st.integers(low, low + 12)) for low in least]
+    return conv, torch.randn(draw(st.integers(1, 3)), take * groups, *size)
+
+
+class Sum(nn.Module):
+    """act(conv(x) + plain + up(low)), and its average over 2 by 2."""
+
+    def __init__(self, conv: nn.Conv2d, act: str) -> None:
+        super().__init__()
+        self.conv, self.act = conv, act
+
+    def forward(self, x: Tensor, plain: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        out = join([plain, self.conv(x)], [low], 2, self.act)
+        return out, pool_low(out, 2)
+
+
+fx.wrap("join")
+fx.wrap("pool_low")
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=convolutions(), act=st.sampled_from(["", *ACTS]), threads=st.sampled_from((1, 3)))
+def test_a_sum_of_any_geometry(case: tuple[nn.Conv2d, Tensor], act: str, threads: int) -> None:
+    conv, x = case
+    with torch.no_grad():
+        shape = conv(x).shape
+        plain, low = torch.randn(shape), torch.randn(*shape[:2], *((size + 1) // 2 for size in shape[2:]))
+        module, programs = lowered(Sum(conv, act), x, plain, low)
+        assert len(programs) == 1 and not any(node.target is join for node in module.graph.nodes)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found = module(x, plain, low)
+        torch.set_num_threads(before)
+        wanted = Sum(conv, act)(x, plain, low)
+    assert all(close(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kernel=st.integers(1, 4), stride=st.integers(1, 3), dilation=st.integers(1, 2), size=st.integers(7, 19),
+    channels=st.integers(1, 40),
+)  # fmt: skip
+def test_max_pooling_norms_and_concatenation(kernel: int, stride: int, dilation: int, size: int, channels: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, channels, 1)
+            self.pool = nn.MaxPool2d(kernel, stride, kernel // 2, dilation)
+            self.norm = nn.BatchNorm2d(2 * channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pool(self.conv(x))
+            return F.silu(self.norm(torch.cat([y, y], 1)))
+
+    net = Net().eval()
+    with torch.no_grad():
+        for value in (*net.norm.parameters(), net.norm.running_mean, net.norm.running_var):
+            value.uniform_(0.5, 1.5)
+        x = torch.randn(2, 3, size, size + 1)
+        module, programs = lowered(net, x)
+        assert len(programs) == 1 and len(module.graph.nodes) == 3
+        assert close(module(x), net(x))
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    x = torch.full((1, 8, 4, 4), float("nan"))
+    for act in ("", "relu", "relu6", "hardswish"):
+        net = Sum(nn.Conv2d(8, 8, 3, padding=1), act)
+        module, _ = lowered(net, x, torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 2))
+        with torch.no_grad():
+            assert module(x, torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 2))[0].isnan().all(), act
+
+
+def test_panels_hold_every_weight_of_every_group_once() -> None:
+    for inputs, outputs, groups in ((12, 20, 1), (24, 36, 6), (40, 40, 10), (6, 90, 3)):
+        weight = torch.randn(outputs, inputs // groups, 3, 2)
+        packed, first = pack_weight(weight, groups, 16)
+        whole = torch.zeros(outputs, inputs, 6)
+        for group in range(groups):
+            rows, columns = outputs // groups, inputs // groups
+            part = slice(group * rows, (group + 1) * rows)
+            whole[part, group * columns : (group + 1) * columns] = weight[part].flatten(2)
+        starts, span = spans((inputs, outputs), groups, 16)
+        assert starts == first.tolist()
+        again = torch.zeros(len(starts) * 16, inputs, 6)
+        for panel, start in enumerate(starts):
+            again[panel * 16 : panel * 16 + 16, start : start + span] = packed[panel].permute(2, 1, 0)
+        assert torch.equal(again[:outputs], whole) and not again[outputs:].any()
+
+
+def octave() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+                        nn.Conv2d(32, 24, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(24, 8, 1))  # fmt: skip
+    return octify.convert(net, alpha=0.5, example_inputs=(1, 3, 32, 32)).eval()
+
+
+def form_of(net: nn.Module) -> fx.GraphModule:
+    """The form that octify's kernels run, whichever measures faster."""
+    example = (torch.empty(1, 3, 32, 32, device="meta"),)
+    form = build._with_programs(flatten(net, example), example)
+    assert form is not None
+    return form
+
+
+def test_threads_share_a_form_and_copies_and_pickles_run() -> None:
+    net = octave()
+    form = form_of(net)
+    images = [torch.rand(1, 3, 32 + i, 40) for i in range(8)]
+    with torch.no_grad():
+        wanted = [net(image) for image in images]
+    wrong: list[int] = []
+
+    def run(index: int, model: nn.Module) -> None:
+        with torch.no_grad():
+            if not all(close(model(images[index]), wanted[index]) for _ in range(20)):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=run, args=(index, form)) for index in range(len(images))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    for other in (copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
+        run(0, other)
+    assert not wrong
+
+
+def test_values_that_never_live_together_share_memory() -> None:
+    blocks = [module for _ in range(6) for module in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    x = torch.rand(1, 8, 32, 32)
+    _, (only,) = lowered(nn.Sequential(*blocks), x)
+    _, total = only._places(only.sizes([(1, 8, 32, 32)]))
+    assert total <= 2 * x.numel(), "one map read and one written at a time"
+
+
+def test_without_a_compiler_onednn_runs_it_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, image = octave(), torch.rand(1, 3, 32, 32)
+    form = form_of(net)
+    monkeypatch.setattr(build, "why_not", lambda: "no C++ compiler")
+    other = optimize(net, "eager")
+    with torch.no_grad():
+        assert close(other(image), net(image))
+    assert not any(isinstance(module, Program) for module in other.modules())
+    monkeypatch.setattr(program, "load_library", lambda: None)
+    with pytest.raises(BackendError, match="needs octify's kernels"):
+        form(image)
+
+
+def test_the_kernels_are_built_into_the_cache_and_used_again(tmp_path: Path) -> None:
+    code = "from octify.optimize.native import load_library, why_not; print(load_library() is not None, why_not())"
+    environment = os.environ | {"OCTIFY_CACHE": str(tmp_path / "new"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    builds = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    assert all(build.communicate()[0].startswith(b"True") for build in builds)
+    (built,) = (tmp_path / "new").iterdir()
+    assert built.suffix == ".so"
+    broken = {**environment, "CXX": "/no/such/compiler"}
+    found = subprocess.run(command, env=broken, capture_output=True, text=True, check=True)
+    assert "False" in found.stdout and "/no/such/compiler" in found.stdout
+
+
+def test_the_library_is_one_for_the_process() -> None:
+    assert load_library() is load_library()
