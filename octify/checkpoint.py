@@ -25,7 +25,7 @@ from octify.errors import CheckpointError, ModelError, OctifyError
 from octify.origin import Origin, dtype_name, dtype_of, origin_of, possible_sources, set_origin
 from octify.plan import Plan
 from octify.recipe import Recipe
-from octify.tensors import load_tensors, named_tensors, pack, shapes_of, unpack
+from octify.tensors import load_tensors, named_tensors, pack, rests_on_meta, shapes_of, unpack
 from octify.version import __version__
 from octify.zoo import build_model
 
@@ -133,7 +133,17 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         CheckpointError: no checkpoint of octify's, a damaged, altered or newer one, or one of another model.
     """
     header, tensors = read_checkpoint(path)
+    if model is None and header.plan.how == "symbolic":
+        # All weights are in the file: the source needs no memory and no random numbers, unless a device got into it.
+        converted = _filled(build_source(header, Path(path), "meta"), header, tensors, path)
+        if not rests_on_meta(converted):
+            return converted
     source = build_source(header, Path(path)) if model is None else model
+    return _filled(source, header, tensors, path)
+
+
+def _filled(source: nn.Module, header: Header, tensors: dict[str, Tensor], path: object) -> nn.Module:
+    """The source converted by a checkpoint's plan, with the checkpoint's weights."""
     try:
         converted = rebuild(source, header)
         load_tensors(converted, unpack(tensors, header.strides, header.aliases))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from octify.errors import CheckpointError
+from octify.graph import map_leaves
 
+_swap = cast("Callable[[Tensor, Tensor], None]", cast(Any, torch.utils).swap_tensors)
 Strides = dict[str, tuple[int, ...]]
 CONSTANT = "octify.constant."  # before the names of tensors that no state dict has
 
@@ -112,11 +114,29 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in named_tensors(model).items()}
 
 
+def rests_on_meta(model: nn.Module) -> bool:
+    """Whether a tensor of a module tree, or a device written into a graph of it, is still meta."""
+    graphs = [graph for module in model.modules() if isinstance(module, fx.GraphModule) for graph in _graphs(module)]
+    devices: list[Any] = []
+    for node in (node for graph in graphs for node in graph.nodes):
+        map_leaves((node.args, node.kwargs), devices.append)
+    meta = torch.device("meta")
+    return any(leaf == meta for leaf in devices) or any(tensor.is_meta for _, tensor in _slots(model))
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
+    """A module's graph, and those of both modes where it has one each."""
+    modes: dict[bool, fx.Graph] = getattr(module, "mode_graphs", None) or {}
+    return [module.graph, *modes.values()]
+
+
 def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
     prefix, _, name = path.rpartition(".")
     owner = model.get_submodule(prefix)
     value = getattr(owner, name)
-    if isinstance(value, nn.Parameter):
+    if isinstance(value, nn.Parameter) and value.is_meta:
+        _swap(value, nn.Parameter(tensor, value.requires_grad))  # as below; data cannot leave the meta device
+    elif isinstance(value, nn.Parameter):
         value.data = tensor  # the parameter stays the object that others share
     else:
         setattr(owner, name, tensor)
