@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from octify.calibrate.fit import Fitted
+from octify.calibrate.least_squares import Fitted
 
 
 @dataclass
