@@ -157,7 +157,11 @@ def test_reading_and_placing_a_weight_is_the_identity() -> None:
 
 def test_dense_layers_are_problems_too() -> None:
     same = Conv2dSame(6, 4, 3, stride=2)
-    for layer, size in ((same, (9, 8)), (nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (5, 6)), (nn.Linear(6, 4), ())):
+    for layer, size in (
+        (same, (9, 8)),
+        (nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (5, 6)),
+        (nn.Linear(6, 4), ()),
+    ):
         x = torch.randn(2, 6, *size)
         with torch.no_grad():
             y = layer(x)

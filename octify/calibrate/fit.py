@@ -25,6 +25,7 @@ from octify.module import OctaveModule
 from octify.octbase import OctBase
 from octify.trace import Trace
 
+
 @dataclass(frozen=True)
 class Fit:
     """What a fit did, and what both networks give, chunk by chunk, once it is done."""

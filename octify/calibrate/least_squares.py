@@ -100,7 +100,7 @@ def fit_problem(
     weight, strength = prior.clone(), None
     errors: list[float] = []
     energy = 0.0
-    for columns in blocks_of(*prior.shape[:2], free):
+    for columns in blocks_of(prior.shape[0], prior.shape[1], free):
         fit, held, energy = data.sums(weight, columns)
         total = fit + held
         if not bool(total.xx.isfinite().all() and total.yy.isfinite().all()):
