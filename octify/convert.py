@@ -52,7 +52,8 @@ def convert(
 
     `alpha` is the share of low channels (0.25 unless the recipe says otherwise), `recipe` a Recipe, a file or a
     built-in name, `example_inputs` a tensor, a tuple of tensors or a shape (the model's own default, else
-    1x3x224x224), `kernels` "fold" for trained weights or "paper" for training from scratch. The source stays as it is.
+    1x3x224x224), `kernels` "sharp" (or "fold") for trained weights, "paper" for training from scratch. The source
+    stays as it is.
     `operator` is what takes the convolutions' places: "octave", "compconv" (with its `c0`; kernels "spatial" or "all")
     or a registered one.
     The result is an OctaveModule (a GraphModule); of a model that does not trace as a whole (a detector), a copy whose
@@ -205,7 +206,7 @@ def choose_recipe(
             chosen = recipe.with_alpha(alpha)
         chosen = chosen.with_defaults(**said) if said else chosen
     elif find_operator(operator or "octave").bands:
-        usual = {"alpha": 0.25 if alpha is None else alpha, "kernels": "fold"}
+        usual = {"alpha": 0.25 if alpha is None else alpha, "kernels": "sharp"}
         chosen = Recipe.from_dict({"version": 1, "name": "uniform", "defaults": {**usual, **said}})
     elif alpha is not None:
         raise RecipeError(f"operator {operator} has no alpha, found {alpha:g}: leave it out")
