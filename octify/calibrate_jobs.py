@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from octify.calibrate.data import example_of_batches, read_images
 from octify.calibrate.levers import find_levers
+from octify.calibrate.parts import compare_parts, record_parts
 from octify.calibrate.rank import channel_loss
-from octify.calibrate.run import Calibration, Options
+from octify.calibrate.run import RANKING_IMAGES, Calibration, Options
 from octify.calibrate.sensitivity import SHARES, measure_curves
 from octify.calibrate.source import Source, load_source
 from octify.calibrate.verdict import Verdict, compare
 from octify.checkpoint import check_target, load, read_checkpoint, save
 from octify.conversion import Conversion
-from octify.convert import finish, plan_of
+from octify.convert import calibrate_by_parts, finish, plan_of
 from octify.errors import CalibrationError
+from octify.graph import named_modules
 from octify.inputs import Preprocessing
 from octify.jobs import Request, describe, is_checkpoint, name_source
+from octify.module import OctaveModule
+from octify.parts import Parts
 from octify.plan import Flows, make_plan
 from octify.verify import quick_checks
 from octify.zoo import build_model, preprocessing, resolve
@@ -60,24 +66,26 @@ def convert_calibrated(
     if output is not None:
         check_target(output, overwrite)
     source, reading = _read(request, images, step)
-    used: list[Flows] = []
-
-    def rewrite(flows: Flows) -> Any:
-        used.append(flows)
-        return finish(flows, make_plan(flows))
-
-    calibration = Calibration(reading.flows, source.batches, replace(options, progress=step))
-    converted = calibration.run(rewrite)
+    options = replace(options, progress=step)
+    if reading.whole:
+        calibration = Calibration(reading.flows, source.batches, options)
+        converted: nn.Module = calibration.run(lambda flows: finish(flows, make_plan(flows)))
+        parts: Parts = [("", Flows(reading.flows.trace, calibration.recipe))]
+        report = calibration.report
+    else:
+        converted, parts, report = calibrate_by_parts(
+            reading.model, reading.parts, source.batches, options, reading.example
+        )
+    chosen = Conversion(reading.model, parts[0][1].recipe, reading.example, parts, reading.whole)
     name_source(converted, request.model)
-    chosen = Conversion(reading.model, used[0].recipe, reading.example, [("", used[0])], True)
     step("checking")
     # Fitted kernels follow the images, not the fold's identities: checked is the conversion that they went into.
     checks = quick_checks(chosen, chosen.apply(chosen.plan()))
     facts = describe(chosen, plan_of(converted), converted, request)
     if output is not None:
         save(converted, output, overwrite)
-    facts["calibration"] = calibration.report.to_dict()
-    facts["recipe_text"] = used[0].recipe.to_yaml()
+    facts["calibration"] = report.to_dict()
+    facts["recipe_text"] = chosen.recipe.to_yaml()
     seconds = round(time.perf_counter() - start, 2)
     return {**facts, "checks": [asdict(c) for c in checks], "seconds": seconds, "output": output and str(output)}
 
@@ -109,6 +117,9 @@ def compare_checkpoint(
             f"{images.place}: has no labels; expected one subfolder per class, or images with labels"
         )
     step("comparing")
+    if header.plan.how == "parts":
+        paths = [path for path, module in named_modules(loaded) if isinstance(module, OctaveModule)]
+        return compare_parts(model, loaded, paths, found.batches, len(header.origin.inputs))
     return compare(model, loaded, found.batches, found.labels if labels else None)
 
 
@@ -119,19 +130,25 @@ def list_sensitivities(request: Request, images: ImageRequest, step: Step) -> li
         OctifyError: whatever keeps that from being measured.
     """
     source, reading = _read(request, images, step)
-    flows = reading.flows
-    data = read_images(flows.trace, source.batches, images.samples)
-    felt = channel_loss(flows, data.trace, data.some(128))
+    given: dict[str, Sequence[Any]] = {"": source.batches}
+    if not reading.whole:
+        paths = [path for path, _ in reading.parts]
+        given = dict(record_parts(reading.model, paths, source.batches, len(reading.example)))
+    return [row for path, flows in reading.parts for row in _sensitivities(path, flows, given[path], images, step)]
+
+
+def _sensitivities(
+    path: str, flows: Flows, batches: Sequence[Any], images: ImageRequest, step: Step
+) -> Iterator[dict[str, Any]]:
+    data = read_images(flows.trace, batches, images.samples)
+    felt = channel_loss(flows, data.trace, data.some(RANKING_IMAGES))
     levers = find_levers(flows, felt)
-    curves = measure_curves(flows, data, levers, step)
-    return [
-        {
-            "layers": list(lever.writers),
+    for lever, curve in zip(levers, measure_curves(flows, data, levers, step), strict=True):
+        yield {
+            "layers": [f"{path}.{name}" if path else name for name in lever.writers],
             "channels": sum(map(len, lever.steps)),
             "loss": {f"{share:g}": curve.at(share * len(lever.steps)) for share in SHARES},
         }
-        for lever, curve in zip(levers, curves, strict=True)
-    ]
 
 
 def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, Conversion]:
@@ -142,7 +159,4 @@ def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, C
     source = images.load(preprocessing(request.build() if own else spec))
     shape = example_of_batches(source.batches)
     step(f"building and tracing {request.model}")
-    reading = (request if shape is None else replace(request, input_size=shape[1:])).read()
-    if not reading.whole:
-        raise CalibrationError(f"{request.model} does not trace as a whole: calibrate its parts (backbone) in Python")
-    return source, reading
+    return source, (request if shape is None else replace(request, input_size=shape[1:])).read()

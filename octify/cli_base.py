@@ -23,7 +23,9 @@ Alpha = Annotated[
     float | None, typer.Option(help="Share of low channels, 0 to 1; 0.25 unless the recipe says otherwise.")
 ]
 RecipeName = Annotated[str | None, typer.Option(metavar="FILE|NAME", help="A recipe file, or one of octify's own.")]
-Kernels = Annotated[str | None, typer.Option(metavar="fold|paper", help="fold: trained weights; paper: from scratch.")]
+Kernels = Annotated[
+    str | None, typer.Option(metavar="sharp|fold|paper", help="sharp, fold: trained weights; paper: from scratch.")
+]
 OperatorName = Annotated[str | None, typer.Option(help="octave, compconv or keep; `octify ops` lists them.")]
 C0 = Annotated[int | None, typer.Option(help="compconv: input channels at which its depth grows; 128 is usual.")]
 Size = Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape; the network's own by default.")]

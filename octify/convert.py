@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from octify.calibrate.data import Batches, example_of_batches, take_batches
+from octify.calibrate.parts import calibrate_parts
+from octify.calibrate.report import CalibrationReport
 from octify.calibrate.run import Calibration, Options
 from octify.check import check_graph
 from octify.errors import CalibrationError, ConversionError, ModelError, RecipeError, TraceError
-from octify.graph import paused_collection
+from octify.graph import paused_collection, set_module
 from octify.module import OctaveModule
 from octify.operators import check_operators, find_operator
 from octify.origin import Origin, set_origin
@@ -50,7 +52,8 @@ def convert(
 
     `alpha` is the share of low channels (0.25 unless the recipe says otherwise), `recipe` a Recipe, a file or a
     built-in name, `example_inputs` a tensor, a tuple of tensors or a shape (the model's own default, else
-    1x3x224x224), `kernels` "fold" for trained weights or "paper" for training from scratch. The source stays as it is.
+    1x3x224x224), `kernels` "sharp" (or "fold") for trained weights, "paper" for training from scratch. The source
+    stays as it is.
     `operator` is what takes the convolutions' places: "octave", "compconv" (with its `c0`; kernels "spatial" or "all")
     or a registered one.
     The result is an OctaveModule (a GraphModule); of a model that does not trace as a whole (a detector), a copy whose
@@ -70,7 +73,12 @@ def convert(
     if calibration is not None:
         options = Options(target, max_loss, samples, choose, fit, statistics, distil, seed, progress)
         batches = take_batches(calibration, samples)
-        flows = read_flows(model, chosen, example_inputs if example_inputs is not None else example_of_batches(batches))
+        example = example_of(model, example_inputs if example_inputs is not None else example_of_batches(batches))
+        try:
+            flows = read_flows(model, chosen, example)
+        except TraceError as failure:
+            parts = find_parts(model, example, chosen, failure)
+            return calibrate_by_parts(model, parts, batches, options, example)[0]
         return Calibration(flows, batches, options).run(lambda found: finish(found, make_plan(found)))
     if target is not None or max_loss is not None or distil:
         raise CalibrationError("target, max_loss and distil need calibration images: pass calibration=")
@@ -85,6 +93,28 @@ def _convert_parts(model: nn.Module, recipe: Recipe, example: tuple[Any, ...], f
     parts = find_parts(model, example, recipe, failure)
     recipe.check_matches([module for _, flows in parts for module in flows.modules], type(model).__name__)
     return apply_parts(model, parts, plan_parts(model, parts), example)
+
+
+def calibrate_by_parts(
+    model: nn.Module, parts: Parts, batches: Sequence[Any], options: Options, example: tuple[Any, ...]
+) -> tuple[nn.Module, Parts, CalibrationReport]:
+    """Converts the parts of a model that does not trace as a whole by what the images give to each.
+
+    Returns the model, what flows in its parts now, and what was done.
+
+    Raises:
+        CalibrationError: the images cannot be used, or the budget cannot be met.
+    """
+    paths = [module for _, flows in parts for module in flows.modules]
+    parts[0][1].recipe.check_matches(paths, type(model).__name__)
+    done, chosen, report = calibrate_parts(
+        model, parts, batches, options, lambda flows: finish(flows, make_plan(flows)), len(example)
+    )
+    converted = apply_parts(model, chosen, plan_parts(model, chosen), example)
+    for path, part in done.items():
+        set_module(converted, path, part)
+    object.__setattr__(converted, "octify_report", report)
+    return converted, chosen, report
 
 
 def apply_parts(model: nn.Module, parts: Parts, decided: Plan, example: tuple[Any, ...]) -> nn.Module:
@@ -176,7 +206,7 @@ def choose_recipe(
             chosen = recipe.with_alpha(alpha)
         chosen = chosen.with_defaults(**said) if said else chosen
     elif find_operator(operator or "octave").bands:
-        usual = {"alpha": 0.25 if alpha is None else alpha, "kernels": "fold"}
+        usual = {"alpha": 0.25 if alpha is None else alpha, "kernels": "sharp"}
         chosen = Recipe.from_dict({"version": 1, "name": "uniform", "defaults": {**usual, **said}})
     elif alpha is not None:
         raise RecipeError(f"operator {operator} has no alpha, found {alpha:g}: leave it out")

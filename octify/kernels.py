@@ -9,13 +9,16 @@ axis a convolution of stride s, dilation d and padding p computes `y[o] = Σ_t w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SHARPEN = 1.25  # measured: from 1.15 to 1.4 trained networks keep about as much
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,47 @@ def halve_taps(axis: Axis) -> Taps:
     """`conv ∘ U` for an even stride: low to high, of half the stride."""
     placed = [((axis.dilation * tap - axis.left) // 2, tap, 1.0) for tap in range(axis.kernel)]
     return gather_taps(placed, axis.kernel, axis.stride // 2)
+
+
+@lru_cache(maxsize=4096)
+def sharpen_taps(axis: Axis, taps: Taps, to_low: bool) -> Taps:
+    """The fold's taps, weighted for maps that are not constant on 2 by 2 blocks, as trained networks' are not.
+
+    Each source tap becomes the best linear guess of what it would read from the low elements that the taps see, if
+    maps are random walks along the axis (ordinary kriging; images have about their spectrum). What averaging takes
+    away lessens the spread that activations were trained on, so what departs from the taps' mean is amplified by
+    `SHARPEN`. Every column sums to 1, so constant maps pass as they do through the fold.
+
+    >>> [[round(weight, 2) for weight in row] for row in sharpen_taps(Axis(3, left=1, right=1), taps, True).matrix]
+    [[0.54, -0.1, -0.22], [0.68, 1.2, 0.68], [-0.22, -0.1, 0.54]]
+    """
+    count = len(taps.matrix)
+    if count == 1:
+        return taps
+    seen = [_element(taps.first + index * taps.dilation) for index in range(count)]
+    phases = (0, 1) if to_low else (0,)
+    read = [
+        [(axis.stride * phase + axis.dilation * tap - axis.left, 1 / len(phases)) for phase in phases]
+        for tap in range(axis.kernel)
+    ]
+    system = np.ones((count + 1, count + 1))
+    system[count, count] = 0.0
+    system[:count, :count] = [[_likeness(one, other) for other in seen] for one in seen]
+    wanted = np.ones((count + 1, axis.kernel))
+    wanted[:count] = [[_likeness(one, other) for other in read] for one in seen]
+    guess = np.linalg.solve(system, wanted)[:count]
+    sharp = guess.mean(0) + SHARPEN * (guess - guess.mean(0))
+    return replace(taps, matrix=tuple(tuple(float(weight) for weight in row) for row in sharp))
+
+
+def _element(position: int) -> list[tuple[int, float]]:
+    """What a low element averages."""
+    return [(2 * position, 0.5), (2 * position + 1, 0.5)]
+
+
+def _likeness(one: Sequence[tuple[int, float]], other: Sequence[tuple[int, float]]) -> float:
+    """The generalised covariance of two averages over a random walk."""
+    return -sum(a * b * abs(i - j) for i, a in one for j, b in other)
 
 
 def phase_offsets(axis: Axis) -> tuple[int, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Size = int | tuple[int, ...]
-KERNELS = ("fold", "paper")
+KERNELS = ("fold", "sharp", "paper")
 DOWNSAMPLES = ("pool", "stride")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -163,11 +163,12 @@ class OctConv(OctBase):
         self._pool: tuple[int, ...] = ()
         plain = (0,) * self.dim if self.padding in ("valid", "same_dynamic") else self.padding
         routes = {"hh": source_route(self._axes, self.padding_mode, plain)}
-        if kernels == "fold":
-            routes["ll"] = routes["hl"] = fold_low(self._axes, self.spatial, self.padding_mode)
-            routes["lh"] = fold_high(self._axes, self.spatial, self.padding_mode)
-        else:
+        if kernels == "paper":
             routes |= self._paper_routes()
+        else:
+            sharp = kernels == "sharp"
+            routes["ll"] = routes["hl"] = fold_low(self._axes, self.spatial, self.padding_mode, sharp)
+            routes["lh"] = fold_high(self._axes, self.spatial, self.padding_mode, sharp)
         self.routes = {path: routes[path] for path in self.paths}
         self._taps = {path: route.taps for path, route in self.routes.items()}
         self._lift = "lh" in self.paths and any(routes["lh"].low)
@@ -259,7 +260,8 @@ class OctConv2d(OctConv):
 
     `kernels="paper"` keeps the k×k kernel on both grids and needs half padding; a stride is average pooling before
     (`downsample="pool"`) or a stride (`"stride"`). `kernels="fold"` is the arithmetic of `octify.kernels`, for any
-    geometry. `paths` leaves paths between the bands out, save the only one into a band.
+    geometry: exact where low maps are constant on 2 by 2 blocks; "sharp" weighs the same taps for maps that are not, as
+    a trained network's. `paths` leaves paths between the bands out, save the only one into a band.
 
     >>> import torch
     >>> layer = OctConv2d(64, 128, 3, padding=1, alpha=(0, 0.25))

@@ -124,12 +124,16 @@ def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceErr
     with torch.no_grad(), ExitStack() as stack:
         for path, module in named_modules(model):
             stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
-        _run(model, real)
+        run_on(model, real)
     return found
 
 
-def _run(model: nn.Module, example: list[Tensor]) -> None:
-    """Runs the model on the tensors, or on the first one's images as a list (detectors)."""
+def run_on(model: nn.Module, example: Sequence[Tensor]) -> None:
+    """Runs the model on the tensors, or on the first one's images as a list (detectors).
+
+    Raises:
+        ModelError: it does not run on either.
+    """
     reasons: list[str] = []
     for arguments in (tuple(example), (list(example[0]),)):
         try:

@@ -37,7 +37,7 @@ class Settings:
 
     alpha: float = 0.0
     operator: str = "octave"
-    kernels: str = "fold"
+    kernels: str = "sharp"
     downsample: str = "stride"
     paths: tuple[PathName, ...] = ("hh", "hl", "lh", "ll")
     min_size: int = 7
@@ -62,7 +62,7 @@ class Recipe(Part):
     name: uniform
     defaults:
       alpha: 0.25
-      kernels: fold
+      kernels: sharp
     """
 
     version: Annotated[int, Field(ge=1, le=1)]
@@ -75,7 +75,7 @@ class Recipe(Part):
     _places: tuple[str, ...] = PrivateAttr(())
 
     @classmethod
-    def uniform(cls, alpha: float, kernels: str = "fold") -> Recipe:
+    def uniform(cls, alpha: float, kernels: str = "sharp") -> Recipe:
         """The same alpha for every layer.
 
         Raises:
@@ -306,7 +306,7 @@ def _kernels(operator: str, rule: Rule, base: Defaults) -> str:
     """The rule's kernels, else the defaults' where the operator has them, else the operator's first."""
     legal = KERNELS.get(operator)
     said = [kernels for kernels in (rule.kernels, base.kernels) if kernels and (legal is None or kernels in legal)]
-    return said[0] if said else (*(legal or ()), "fold")[0]
+    return said[0] if said else (*(legal or ()), "sharp")[0]
 
 
 def _flow(rule: Mapping[str, Any]) -> str:

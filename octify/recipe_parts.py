@@ -12,7 +12,11 @@ from pydantic_core import PydanticCustomError
 from octify.patterns import Pattern
 
 ALPHA = "$alpha"  # stands for the recipe's parameter, which --alpha sets
-KERNELS: Mapping[str, tuple[str, ...]] = {"octave": ("fold", "paper"), "compconv": ("spatial", "all"), "keep": ()}
+KERNELS: Mapping[str, tuple[str, ...]] = {
+    "octave": ("sharp", "fold", "paper"),
+    "compconv": ("spatial", "all"),
+    "keep": (),
+}
 MAX_PATTERN = 300  # characters
 
 PathName = Literal["hh", "hl", "lh", "ll"]
@@ -89,7 +93,7 @@ class Choices(Part):
 
     alpha: Alpha | None = None
     operator: Operator | None = None
-    kernels: Literal["fold", "paper", "spatial", "all"] | None = None
+    kernels: Literal["sharp", "fold", "paper", "spatial", "all"] | None = None
     downsample: Literal["stride", "pool"] | None = None
     paths: Paths | None = None
     min_size: Annotated[int, Field(ge=1)] | None = None

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octify.kernels import Axis, Taps, fits_always, fold_taps, half, halve_taps, keep_taps, phase_offsets, right_reach
+from octify.kernels import (
+    Axis,
+    Taps,
+    fits_always,
+    fold_taps,
+    half,
+    halve_taps,
+    keep_taps,
+    phase_offsets,
+    right_reach,
+    sharpen_taps,
+)
 from octify.resample import Pads, average, cut, pad, pad_same
 
 # The low grid's counterpart of a padding mode: reflection starts at the edge itself there, because the first reflected
@@ -119,21 +130,22 @@ class _Place:
         return self.mode == "constant" and self.left >= self.right and not self.pick
 
 
-def fold_low(axes: Sequence[Axis], spatial: int, mode: str) -> Route:
-    """Low to low, and high to low behind D: `D ∘ conv ∘ U` along the last `spatial` axes."""
+def fold_low(axes: Sequence[Axis], spatial: int, mode: str, sharp: bool = False) -> Route:
+    """Low to low, and high to low behind D: `D ∘ conv ∘ U` along the last `spatial` axes; `sharp` weighs the taps."""
     still, moved = axes[:-spatial], axes[-spatial:]
-    return _assemble([_keep(axis, mode) for axis in still] + [_fold(axis, mode, low=True) for axis in moved])
+    return _assemble([_keep(axis, mode) for axis in still] + [_fold(axis, mode, True, sharp) for axis in moved])
 
 
-def fold_high(axes: Sequence[Axis], spatial: int, mode: str) -> Route:
+def fold_high(axes: Sequence[Axis], spatial: int, mode: str, sharp: bool = False) -> Route:
     """Low to high: `conv ∘ U` along axes of even stride; along odd ones the mean of the two phases, then U."""
     still, moved = axes[:-spatial], axes[-spatial:]
-    places = [_fold(axis, mode, low=axis.stride % 2 == 1) for axis in moved]
+    places = [_fold(axis, mode, axis.stride % 2 == 1, sharp) for axis in moved]
     return _assemble([_keep(axis, mode) for axis in still] + places)
 
 
-def _fold(axis: Axis, mode: str, low: bool) -> _Place:
+def _fold(axis: Axis, mode: str, low: bool, sharp: bool) -> _Place:
     taps = fold_taps(axis) if low else halve_taps(axis)
+    taps = sharpen_taps(axis, taps, low) if sharp else taps
     # What the source pads is padded in its mode; what only the fold's last output needs repeats the edge.
     padded = axis.left > 0 or axis.right > 0 or axis.dynamic
     low_mode = LOW_MODES[mode] if padded else "replicate"

@@ -9,10 +9,12 @@ input too many, which shows in the last rows and columns only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -184,12 +186,24 @@ class OctConvTranspose(OctBase):
             return self._carrier(low_out, size), low_out
         return self._to_high(high, low, size), low_out
 
+    def spread_taps(self, path: str, x: Tensor, size: Sequence[int]) -> Tensor:
+        """What each tap of a path's kernel would send to the outputs, if it were 1: (N, C·taps, …)."""
+        kernel = [len(tap.matrix) for tap in self._taps[path]]
+        taps = math.prod(kernel)
+        single = torch.eye(taps, dtype=x.dtype, device=x.device).reshape(1, taps, *kernel)
+        seen = self._send(path, x, single.expand(x.shape[1], *single.shape[1:]), None, x.shape[1], size)
+        return self._spread(seen, size) if path == "lh" else seen
+
     def _run(self, path: str, x: Tensor, bias: Tensor | None, size: Sequence[int]) -> Tensor:
         weight = cast(Tensor, getattr(self, f"weight_{path}"))
+        return self._send(path, x, weight, bias, self._groups[path], size)
+
+    def _send(
+        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, size: Sequence[int]
+    ) -> Tensor:
         plan = self.routes[path]
         if plan.pads:
             x = F.pad(x, plan.pads)
-        groups = self._groups[path]
         x = self.conv(x, weight, bias, plan.stride, plan.padding, plan.output_padding, groups, plan.dilation)
         for dim, front in plan.cut:
             x = cut(x, dim, front, half(size[dim]))

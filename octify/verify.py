@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from octify.layers import Merge, OctConv, Split
 from octify.module import graph_of_mode
 from octify.operators import transfer_notes
 from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
-from octify.plan import Flows, Plan
+from octify.plan import Flows, PlanOp, Plan
 from octify.recipe import Recipe
 
 SIDES = (64, 96, 128)  # small inputs to try first
@@ -50,7 +51,9 @@ def all_checks(reading: Conversion, plan: Plan | None = None) -> list[Check]:
     `plan` is a stored one, else the recipe's. The weights may be random: what is checked is the conversion, for any.
     """
     shaken = Conversion.read(shake(copy.deepcopy(reading.model)), reading.recipe, reading.example)
-    converted = shaken.apply(plan or shaken.plan())
+    decided = plan or shaken.plan()
+    converted = shaken.apply(decided)
+    folded = dict(shaken.pairs(shaken.apply(_with_folds(decided))))
     checks = _structure(shaken, converted)
     nothing = Conversion.read(shaken.model, Recipe.uniform(0.0), reading.example) if shaken.whole else None
     for flows, module in shaken.pairs(converted):
@@ -62,10 +65,20 @@ def all_checks(reading: Conversion, plan: Plan | None = None) -> list[Check]:
         if nothing is not None:
             checks += alpha_zero_checks(source, nothing.apply(nothing.plan()), inputs)
         checks += constant_checks(source, module, inputs, plan_of(converted))
-        checks += block_checks(source, module)
+        checks += block_checks(source, folded[flows])
         checks += odd_size_checks(source, module, flows, inputs)
         checks += training_checks(source, module, inputs)
     return _worst(checks)
+
+
+def _with_folds(plan: Plan) -> Plan:
+    """The same plan with exact folds in the place of sharpened ones, which are exact on constant maps only."""
+    ops = [replace(op, options={**op.options, "kernels": "fold"}) if _is_sharp(op) else op for op in plan.ops]
+    return replace(plan, ops=tuple(ops))
+
+
+def _is_sharp(op: PlanOp) -> bool:
+    return op.options.get("kernels") == "sharp"
 
 
 def _structure(reading: Conversion, converted: nn.Module) -> list[Check]:

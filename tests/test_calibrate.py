@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 import octify
+from octify.calibrate import least_squares
 from octify.calibrate.budget import Curve
 from octify.calibrate.data import read_images
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
-from octify.calibrate.problems import problems_of
+from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
 from octify.calibrate.verdict import compare
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
-from octify.layers import OctConv1d, OctConv2d, OctConv3d
 from octify.layout import Layout
 from octify.linear import OctLinear
 from octify.module import OctaveModule
@@ -90,13 +92,18 @@ GEOMETRIES = [
     (nn.Conv2d(8, 12, 3, padding=2, dilation=2, padding_mode="reflect"), (10, 12)),
     (nn.Conv1d(8, 12, 3, padding=1), (17,)),
     (nn.Conv3d(8, 8, 3, padding=1), (3, 8, 7)),
+    (nn.ConvTranspose2d(8, 12, 2, stride=2), (9, 11)),
+    (nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1, groups=2, bias=False), (8, 9)),
+    (nn.ConvTranspose2d(8, 12, 3, stride=2, padding=1, output_padding=1), (7, 8)),
+    (nn.ConvTranspose2d(8, 8, 3, stride=3, padding=1, groups=8), (6, 5)),
+    (nn.ConvTranspose1d(8, 12, 3), (11,)),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(GEOMETRIES)))
 def test_rows_times_weight_are_what_the_layer_computes(case: int) -> None:
     conv, size = GEOMETRIES[case]
-    kind = {1: OctConv1d, 2: OctConv2d, 3: OctConv3d}[len(size)]
+    kind: Any = (TRANSPOSED if conv.transposed else DENSE)[type(conv)]
     groups = conv.groups if conv.groups < 8 else 1
     low = Layout(Layout.last(8 // groups, 8 // groups // 2).bits * groups)
     out = low if conv.groups > 1 else Layout.last(conv.out_channels, 4)
@@ -111,10 +118,9 @@ def test_rows_times_weight_are_what_the_layer_computes(case: int) -> None:
     for problem, wanted in zip(problems_of(layer), given, strict=True):
         rows = problem.rows(bands, target, 10_000, dice)
         weight = problem.weight()
-        bias = 0 if problem.bias is None else problem.bias.detach().double().reshape(weight.shape[0], 1, -1)
-        computed = torch.einsum("npgu,guo->npgo", rows.x.double(), weight) + torch.as_tensor(bias).reshape(
-            1, 1, weight.shape[0], -1
-        )
+        computed = torch.einsum("npgu,guo->npgo", rows.x.double(), weight)
+        if problem.bias is not None:
+            computed = computed + problem.bias.detach().double().reshape(weight.shape[0], -1)
         assert rows.x.shape[1] == wanted[0, 0].numel()
         # An odd map's merge and split are no identity in its last row: compare with the band itself.
         expected = wanted.double().flatten(2).transpose(1, 2).reshape(computed.shape)
@@ -138,8 +144,8 @@ def test_rows_of_an_octave_linear_layer_are_what_it_computes() -> None:
 
 
 def test_reading_and_placing_a_weight_is_the_identity() -> None:
-    for conv, size in GEOMETRIES[:4]:
-        kind = {1: OctConv1d, 2: OctConv2d, 3: OctConv3d}[len(size)]
+    for conv, _ in (*GEOMETRIES[:4], *GEOMETRIES[8:12]):
+        kind: Any = (TRANSPOSED if conv.transposed else DENSE)[type(conv)]
         layout = Layout.parse("2h2l2h2l")
         out = layout if conv.out_channels == 8 else Layout.last(12, 4)
         layer = kind.from_conv(conv, layout, out)
@@ -147,6 +153,48 @@ def test_reading_and_placing_a_weight_is_the_identity() -> None:
         for problem in problems_of(layer):
             problem.place(problem.weight())
         assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_dense_layers_are_problems_too() -> None:
+    same = Conv2dSame(6, 4, 3, stride=2)
+    for layer, size in (
+        (same, (9, 8)),
+        (nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (5, 6)),
+        (nn.Linear(6, 4), ()),
+    ):
+        x = torch.randn(2, 6, *size)
+        with torch.no_grad():
+            y = layer(x)
+        (problem,) = problems_of(layer)
+        rows = problem.rows((x,), y, 10_000, torch.Generator())
+        assert problem.bias is not None
+        computed = torch.einsum("npgu,guo->npgo", rows.x.double(), problem.weight()).flatten(2) + problem.bias.double()
+        assert torch.allclose(computed, rows.y.flatten(2).double(), atol=1e-5), type(layer)
+        assert rows.y.numel() == y.numel()
+
+
+def test_what_is_too_wide_is_solved_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = torch.Generator().manual_seed(0)
+    layer, source = nn.Linear(40, 6), nn.Linear(40, 6)
+    x = [torch.randn(50, 7, 40, generator=dice) @ torch.randn(40, 40, generator=dice) for _ in range(2)]
+    with torch.no_grad():
+        y = [source(part) for part in x]
+    errors: dict[int, list[float]] = {}
+    for bound in (41**2, 20**2, 6_144**2):
+        monkeypatch.setattr(least_squares, "MOST_NUMBERS", bound)
+        mine = copy.deepcopy(layer)
+        found = least_squares.fit_problem(problems_of(mine)[0], None, "fc", [(p,) for p in x], y, (1e-3,), dice)
+        with torch.no_grad():
+            wrong = sum(float((mine(p) - t).square().sum()) for p, t in zip(x, y, strict=True))
+        share = wrong / sum(float(t.square().sum()) for t in y)
+        assert found.after == pytest.approx(share, rel=1e-3, abs=1e-6)
+        errors[bound] = [found.before, found.after]
+    assert [len(least_squares.blocks_of(1, 41, 1)), errors[41**2]] == [1, pytest.approx(errors[6_144**2])]
+    monkeypatch.setattr(least_squares, "MOST_NUMBERS", 20**2)
+    parts = least_squares.blocks_of(1, 41, 1)
+    assert len(parts) == 3 and all(40 in part for part in parts)
+    assert sorted({int(i) for part in parts for i in part}) == list(range(41))
+    assert errors[20**2][1] < 0.5 * errors[20**2][0]
 
 
 def test_ridge_of_nothing_finds_the_weight_and_of_much_keeps_the_prior() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from octify import kernels
+from octify.kernels import Axis, fold_taps, halve_taps, sharpen_taps
 from octify.layers import (
     OctConv1d,
     OctConv2d,
@@ -143,3 +147,41 @@ def test_transposed_fold(geometry: dict[str, Any], dim: int, size: int, seed: in
     assert sum(p.numel() for p in octave.from_conv(conv, LOW, HIGH).parameters()) == sum(
         p.numel() for p in conv.parameters()
     )
+
+
+AXES = [
+    (Axis(k, s, d, p, p), to_low)
+    for k, s, d, p in ((3, 1, 1, 1), (3, 2, 1, 1), (5, 1, 1, 2), (5, 2, 1, 2), (7, 2, 1, 3), (3, 1, 2, 2), (2, 2, 1, 0))
+    for to_low in (True, False)
+    if to_low or s % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("axis", "to_low"), AXES)
+def test_sharpened_taps_pass_constants_and_stay_in_their_places(axis: Axis, to_low: bool) -> None:
+    taps = fold_taps(axis) if to_low else halve_taps(axis)
+    sharp = sharpen_taps(axis, taps, to_low)
+    assert (sharp.first, sharp.dilation, sharp.stride, len(sharp.matrix)) == (
+        taps.first,
+        taps.dilation,
+        taps.stride,
+        len(taps.matrix),
+    )
+    assert np.array(sharp.matrix).sum(0) == pytest.approx(np.ones(axis.kernel), abs=1e-9)
+
+
+def test_without_amplification_they_guess_random_walks_better_than_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SHARPEN", 1.0)
+    axis = Axis(3, 1, 1, 1, 1)
+    fold = fold_taps(axis)
+    guess = sharpen_taps.__wrapped__(axis, fold, True)
+    walk = np.cumsum(np.random.default_rng(0).normal(size=(64, 400)), 1)
+    low = walk.reshape(64, 200, 2).mean(2)
+    w = np.array([1.0, -2.0, 1.0])
+    wanted = (walk[:, :-2] * w[0] + walk[:, 1:-1] * w[1] + walk[:, 2:] * w[2])[:, 1:-1].reshape(64, 198, 2).mean(2)
+    errors = []
+    for taps in (fold, guess):
+        folded = np.array(taps.matrix) @ w
+        given = sum(folded[i] * low[:, 1 + taps.first + i : 199 + taps.first + i] for i in range(3))
+        errors.append(float(((given - wanted) ** 2).mean()))
+    assert errors[1] < 0.9 * errors[0]

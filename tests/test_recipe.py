@@ -50,7 +50,7 @@ def test_the_first_rule_that_matches_decides_alone() -> None:
     first = found.settings_for("layer1.0.conv1", "Conv2d")
     assert (first.alpha, first.kernels, first.round_to, first.source) == (0.5, "paper", 8, "my.yaml:4")
     second = found.settings_for("layer1.1.conv1", "Conv2d")
-    assert (second.alpha, second.kernels, second.round_to, second.source) == (0.125, "fold", 4, "my.yaml:5")
+    assert (second.alpha, second.kernels, second.round_to, second.source) == (0.125, "sharp", 4, "my.yaml:5")
     assert second.rule == 'match "layer1"'
     third = found.settings_for("layer2.0.conv1", "Conv2d")
     assert (third.alpha, third.min_size, third.downsample, third.source) == (0, 3, "pool", "my.yaml:6")
@@ -163,9 +163,9 @@ def test_other_defaults() -> None:
         (
             "defaults: {kernels: papr}",
             2,
-            "is \"papr\": expected 'fold', 'paper', 'spatial' or 'all'\n  closest   paper",
+            "is \"papr\": expected 'sharp', 'fold', 'paper', 'spatial' or 'all'\n  closest   paper",
         ),
-        ("defaults: {kernels: all}", 2, "operator octave has fold or paper kernels"),
+        ("defaults: {kernels: all}", 2, "operator octave has sharp or fold or paper kernels"),
         (
             "layers:\n  - {match: a}\n  - {match: a, operator: compconv, kernels: fold}",
             4,
@@ -329,7 +329,7 @@ choices: dict[str, st.SearchStrategy[Any]] = {
 rules = st.builds(
     lambda pattern, rest: {**pattern, **rest},
     st.one_of(*[st.fixed_dictionaries({kind: patterns}) for kind in ("match", "type")]),
-    st.fixed_dictionaries({}, optional={**choices, "kernels": st.sampled_from(["fold", "paper"])}),
+    st.fixed_dictionaries({}, optional={**choices, "kernels": st.sampled_from(["sharp", "fold", "paper"])}),
 )
 recipes = st.fixed_dictionaries(
     {"version": st.just(1), "parameters": st.fixed_dictionaries({"alpha": st.floats(0, 1)})},

@@ -48,7 +48,7 @@ def read_images(trace: Trace, batches: Sequence[Any], samples: int | None) -> Im
         CalibrationError: too few images, of another size than the model takes, or not finite.
     """
     wanted = [value for value in trace.inputs if isinstance(value, Tensor)]
-    parts = _collect(batches, len(wanted))
+    parts = collect_inputs(batches, len(wanted))
     device = next((tensor.device for tensor in trace.model.parameters()), torch.device("cpu"))
     inputs = [torch.cat(column)[:samples] for column in zip(*parts, strict=True)] if parts else []
     count = len(inputs[0]) if inputs else 0
@@ -84,7 +84,12 @@ def example_of_batches(batches: Sequence[Any]) -> tuple[int, ...] | None:
     return (1, *first.shape[1:]) if isinstance(first, Tensor) and first.dim() >= 3 else None
 
 
-def _collect(batches: Sequence[Any], wanted: int) -> list[tuple[Tensor, ...]]:
+def collect_inputs(batches: Sequence[Any], wanted: int) -> list[tuple[Tensor, ...]]:
+    """The model's inputs in each batch, without what comes behind them (labels).
+
+    Raises:
+        CalibrationError: a batch is something else, or batches differ in their images' size.
+    """
     found: list[tuple[Tensor, ...]] = []
     for batch in batches:
         given: Sequence[Any] = (batch,) if isinstance(batch, Tensor) else batch
@@ -95,6 +100,10 @@ def _collect(batches: Sequence[Any], wanted: int) -> list[tuple[Tensor, ...]]:
                 f"model's {wanted} input(s)"
             )
         found.append(cast("tuple[Tensor, ...]", inputs))
+    for column in zip(*found, strict=True):
+        sizes = list(dict.fromkeys("x".join(map(str, value.shape[1:])) for value in column))
+        if len(sizes) > 1:
+            raise CalibrationError(f"calibration images are {sizes[0]} and {sizes[1]}: expected one size")
     return found
 
 

@@ -15,32 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.calibrate.compact import RIDGE, fit_compact
-from octify.calibrate.problems import Problem, can_fit, problems_of
-from octify.calibrate.solve import STRENGTHS, Sums, choose
+from octify.calibrate.least_squares import Fitted, fit_problem
+from octify.calibrate.problems import can_fit, problems_of
+from octify.calibrate.solve import STRENGTHS
 from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
-from octify.errors import CalibrationError
 from octify.layers import Split
 from octify.module import OctaveModule
 from octify.octbase import OctBase
 from octify.trace import Trace
-
-ROWS = 16_384  # rows a problem at least samples, if there are so many
-ROWS_PER_UNKNOWN = 8
-MAX_UNKNOWNS = 6_144  # a Gram matrix of 300 MB
-HELD_OUT = 5  # every fifth image chooses the ridge
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """How well one band of one layer follows the dense network: mean squared errors as shares of the target's."""
-
-    layer: str
-    band: str
-    before: float
-    after: float
-    strength: float | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,75 +132,8 @@ def _fit_layer(
     found: list[Fitted] = []
     for problem in problems_of(module):
         shift = shifts.get(problem.band)
-        found.append(_fit(problem, shift, str(node.target), inputs, targets, strengths, dice))
+        found.append(fit_problem(problem, shift, str(node.target), inputs, targets, strengths, dice))
     return found
-
-
-def _fit(
-    problem: Problem,
-    shift: nn.Module | None,
-    name: str,
-    inputs: list[tuple[Any, ...]],
-    targets: list[Tensor],
-    strengths: Sequence[float],
-    dice: torch.Generator,
-) -> Fitted:
-    prior = problem.weight()
-    free = int(problem.bias is not None or shift is not None)
-    if prior.shape[1] > MAX_UNKNOWNS:
-        return Fitted(name, problem.band, 0.0, 0.0, None, f"{prior.shape[1]} unknowns: not fitted")
-    if free:
-        bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
-        prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
-    fit, held = _sums(problem, prior, free, inputs, targets, dice)
-    total = fit + held
-    if not bool(total.xx.isfinite().all() and total.yy.isfinite().all()):
-        raise CalibrationError(f"{name}: its activations on the calibration images are not finite (NaN or infinite)")
-    weight, strength = choose(fit, held, prior, free, strengths)
-    _place(problem, shift, weight, free)
-    energy = max(total.energy, 1e-30)
-    return Fitted(name, problem.band, total.error(prior) / energy, total.error(weight) / energy, strength)
-
-
-def _sums(
-    problem: Problem,
-    prior: Tensor,
-    free: int,
-    inputs: list[tuple[Any, ...]],
-    targets: list[Tensor],
-    dice: torch.Generator,
-) -> tuple[Sums, Sums]:
-    """The sums over images that fit, and over those held out."""
-    images = sum(len(target) for target in targets)
-    rows = max(ROWS, ROWS_PER_UNKNOWN * prior.shape[1])
-    count = -(-rows // images)
-    groups, unknowns, outputs = prior.shape
-    both = [Sums.zeros(groups, unknowns, outputs, prior.device) for _ in range(2)]
-    seen = 0
-    for given, target in zip(inputs, targets, strict=True):
-        sampled = problem.rows(given, target, count, dice)
-        x, y = sampled.x, sampled.y
-        if free:
-            x = torch.cat([x, x.new_ones(*x.shape[:3], 1)], 3)
-        held = torch.arange(seen, seen + len(target)) % HELD_OUT == HELD_OUT - 1
-        seen += len(target)
-        for part, chosen in zip(both, (~held, held), strict=True):
-            part.add(x[chosen].flatten(0, 1), y[chosen].flatten(0, 1))
-    return both[0], both[1]
-
-
-def _place(problem: Problem, shift: nn.Module | None, weight: Tensor, free: int) -> None:
-    if not free:
-        return problem.place(weight)
-    problem.place(weight[:, :-1])
-    bias = weight[:, -1].reshape(-1)
-    with torch.no_grad():
-        if problem.bias is not None:
-            problem.bias.copy_(bias.to(problem.bias.dtype))
-        elif shift is not None:
-            mean = cast(Tensor, shift.running_mean)
-            mean.sub_(bias.to(mean.dtype))
-    return None
 
 
 def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:

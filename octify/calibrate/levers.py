@@ -70,7 +70,8 @@ def recipe_with(flows: Flows, low: set[int], name: str = "calibrated") -> Recipe
         if not layout.is_dense:
             said = by_pattern.get(flows.settings[writer.name].rule, {})
             kept = {key: value for key, value in said.items() if key not in ("match", "type", "regex")}
-            layers[writer.module] = {"match": writer.module, **kept, "layout": str(layout)}
+            path = f"{flows.prefix}{writer.module}"
+            layers[path] = {"match": path, **kept, "layout": str(layout)}
     defaults = {**source.get("defaults", {}), "alpha": 0.0}
     kept = {key: source[key] for key in ("description", "on_unsupported") if key in source}
     return Recipe.from_dict(
@@ -80,3 +81,12 @@ def recipe_with(flows: Flows, low: set[int], name: str = "calibrated") -> Recipe
 
 def _without_alpha(rule: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rule.items() if key not in ("alpha", "layout")}
+
+
+def join_recipes(recipes: Sequence[Recipe]) -> Recipe:
+    """One recipe out of several by `recipe_with`, of parts of one model: all their layouts, then what else they say."""
+    said = [recipe.to_dict() for recipe in recipes]
+    rules = [rule for recipe in said for rule in recipe.get("layers", [])]
+    layouts = [rule for rule in rules if "layout" in rule]
+    rest = [rule for rule in said[0].get("layers", []) if "layout" not in rule]
+    return Recipe.from_dict({**said[0], "layers": [*layouts, *rest]}, recipes[0].name or "calibrated")

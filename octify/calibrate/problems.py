@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octify.bands import path_groups, take
+from octify.bands import path_groups, swap_sides, take
 from octify.compconv import CompConv
 from octify.layers import OctConv, OctConv1d, OctConv2d, OctConv3d
 from octify.layout import Layout
 from octify.linear import OctLinear
+from octify.octbase import OctBase
 from octify.octconv import as_tuple, conv_axes
 from octify.resample import average, pool_low
 from octify.routes import Route, enter
+from octify.transposed import OctConvTranspose, OctConvTranspose1d, OctConvTranspose2d, OctConvTranspose3d
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class ConvProblem:
 
     def weight(self) -> Tensor:
         """The weights as (groups, unknowns, outputs), in float64."""
-        parts = [self._weights[path].detach().double() for path in self.paths]
+        parts = [self._by_output(self._weights[path].detach().double()) for path in self.paths]
         flat = [part.unflatten(0, (self.groups, -1)).flatten(2).transpose(1, 2) for part in parts]
         return torch.cat(flat, 1)
 
@@ -108,11 +111,39 @@ class ConvProblem:
         start = 0
         for path in self.paths:
             home = self._weights[path]
-            unknowns = home[0].numel()
-            part = weight[:, start : start + unknowns].transpose(1, 2).reshape(home.shape)
+            shape = self._by_output(home.detach()).shape
+            unknowns = shape[1:].numel()
+            part = weight[:, start : start + unknowns].transpose(1, 2).reshape(shape)
             with torch.no_grad():
-                home.copy_(part.to(home.dtype))
+                home.copy_(self._by_output(part).to(home.dtype))
             start += unknowns
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """A weight as (out, in/groups, …), and back to as it is stored."""
+        return weight
+
+
+class TransposedProblem(ConvProblem):
+    """The paths of a transposed octave convolution into one band."""
+
+    def __init__(self, layer: OctConvTranspose, side: str, home: nn.Module | None = None) -> None:
+        super().__init__(cast(OctConv, layer), side, home)
+        self.upward = layer
+
+    def _features(self, path: str, high: Tensor, low: Tensor | None, output: Tensor, points: Tensor) -> Tensor:
+        source = high if path[0] == "h" else cast(Tensor, low)
+        if path == "hl":
+            source = pool_low(source, self.layer.spatial)
+        size = output.shape[-self.layer.spatial :]
+        # Image by image: all taps side by side are many maps.
+        seen = [self._at(self.upward.spread_taps(path, image, size), points) for image in source.split(1)]
+        return torch.cat(seen).unflatten(2, (self.groups, -1))
+
+    def _at(self, maps: Tensor, points: Tensor) -> Tensor:
+        return maps.flatten(2)[:, :, ravel(points, maps.shape[2:])].transpose(1, 2)
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        return swap_sides(weight, self.groups)
 
 
 class OctLinearProblem(ConvProblem):
@@ -221,24 +252,43 @@ def gather(x: Tensor, route: Route, zeros: Sequence[tuple[int, int]], points: Te
     return seen.transpose(1, 2)
 
 
-DENSE: dict[type[nn.Module], type[OctConv]] = {nn.Conv1d: OctConv1d, nn.Conv2d: OctConv2d, nn.Conv3d: OctConv3d}
+DENSE: dict[type[nn.Module], type[OctConv]] = {
+    nn.Conv1d: OctConv1d,
+    nn.Conv2d: OctConv2d,
+    nn.Conv3d: OctConv3d,
+    Conv2dSame: OctConv2d,
+}
+TRANSPOSED: dict[type[nn.Module], type[OctConvTranspose]] = {
+    nn.ConvTranspose1d: OctConvTranspose1d,
+    nn.ConvTranspose2d: OctConvTranspose2d,
+    nn.ConvTranspose3d: OctConvTranspose3d,
+}
 
 
 def can_fit(module: nn.Module) -> bool:
-    """Whether a layer's kind can be fitted."""
-    return isinstance(module, OctConv | OctLinear | CompConv) or type(module) in (*DENSE, nn.Linear)
+    """Whether a layer's kind can be fitted; of dense ones not those that standardise their weights when they run."""
+    return isinstance(module, OctBase | CompConv) or type(module) in (*DENSE, *TRANSPOSED, nn.Linear)
 
 
 def problems_of(module: nn.Module) -> list[Problem]:
     """The least-squares problems of a layer; none if its kind cannot be fitted."""
     if isinstance(module, OctLinear):
         return [OctLinearProblem(module, side) for side in dict.fromkeys(path[1] for path in module.paths)]
-    if isinstance(module, OctConv):
-        return [ConvProblem(module, side) for side in dict.fromkeys(path[1] for path in module.paths)]
+    if isinstance(module, OctConv | OctConvTranspose):
+        kind = ConvProblem if isinstance(module, OctConv) else TransposedProblem
+        return [kind(cast(Any, module), side) for side in dict.fromkeys(path[1] for path in module.paths)]
     if type(module) is nn.Linear:
         return [LinearProblem(module)]
-    if type(module) not in DENSE:
+    if type(module) not in (*DENSE, *TRANSPOSED):
         return []
+    return [_dense_problem(module)]
+
+
+def _dense_problem(module: nn.Module) -> Problem:
+    """A dense convolution as an octave one without low channels, whose weights are the module's."""
     conv = cast(nn.Conv2d, module)
-    view = DENSE[type(module)].from_conv(conv, Layout.dense(conv.in_channels), Layout.dense(conv.out_channels))
-    return [ConvProblem(view, "h", conv)]
+    layouts = Layout.dense(conv.in_channels), Layout.dense(conv.out_channels)
+    if type(module) in TRANSPOSED:
+        return TransposedProblem(TRANSPOSED[type(module)].from_conv(conv, *layouts), "h", conv)
+    padding = "same_dynamic" if type(module) is Conv2dSame else None
+    return ConvProblem(DENSE[type(module)].from_conv(conv, *layouts, padding=padding), "h", conv)

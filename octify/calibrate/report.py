@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from octify.calibrate.fit import Fitted
+from octify.calibrate.least_squares import Fitted
 
 
 @dataclass
@@ -51,3 +52,21 @@ class CalibrationReport:
             change = "" if step.before is None else f"{step.before:.4f} -> {step.after:.4f}"
             lines.append(f"  {step.name:<14} {change:<18} {step.seconds:6.1f} s  {step.note}".rstrip())
         return "\n".join(lines)
+
+
+def join_reports(parts: Sequence[tuple[str, CalibrationReport]]) -> CalibrationReport:
+    """One report about parts of a model: each step and layer under its part's path, and the worst loss.
+
+    `cost` is the mean over parts; what they cost in all is the conversion's own figure. What parts give are features,
+    no decisions.
+    """
+    reports = [report for _, report in parts]
+    return CalibrationReport(
+        images=max(report.images for report in reports),
+        held_back=max(report.held_back for report in reports),
+        cost=sum(report.cost for report in reports) / len(reports),
+        loss=max(report.loss for report in reports),
+        steps=[replace(step, name=f"{path}: {step.name}") for path, report in parts for step in report.steps],
+        layers=[replace(row, layer=f"{path}.{row.layer}") for path, report in parts for row in report.layers],
+        alphas={f"{path}.{name}": alpha for path, report in parts for name, alpha in report.alphas.items()},
+    )

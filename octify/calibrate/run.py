@@ -52,6 +52,7 @@ class Calibration:
 
     def __init__(self, flows: Flows, batches: Sequence[Any], options: Options) -> None:
         self.flows, self.options = flows, options
+        self.recipe = flows.recipe  # once run, the one that was chosen
         self.images: Images = read_images(flows.trace, batches, options.samples)
         held = sum(len(chunk[0]) for chunk in self.images.held)
         self.report = CalibrationReport(images=self.images.count, held_back=held)
@@ -66,8 +67,8 @@ class Calibration:
             CalibrationError: the images cannot be used, or the budget cannot be met.
             ConversionError: nothing would change.
         """
-        chosen = Flows(self.flows.trace, recipe_with(self.flows, self.choose_low()))
-        converted = finish(chosen)
+        self.recipe = recipe_with(self.flows, self.choose_low())
+        converted = finish(Flows(self.flows.trace, self.recipe, prefix=self.flows.prefix))
         training = converted.training
         converted.eval()
         self.tune(converted)

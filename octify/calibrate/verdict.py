@@ -54,11 +54,18 @@ class Verdict:
 
 
 def compare(
-    source: nn.Module, converted: nn.Module, batches: Batches, labels: Tensor | None = None, samples: int | None = None
+    source: nn.Module,
+    converted: nn.Module,
+    batches: Batches,
+    labels: Tensor | None = None,
+    samples: int | None = None,
+    *,
+    kind: str | None = None,
 ) -> Verdict:
     """Measures a converted network against its source; both run in eval mode and are left as they were.
 
     `batches` is a tensor, or gives tensors or tuples of the model's inputs; `labels` (N,) belong to them in order.
+    `kind` says what the outputs are where their shape would mislead.
 
     Raises:
         CalibrationError: no images, or another number of labels.
@@ -74,7 +81,7 @@ def compare(
     if not first:
         raise CalibrationError("the model gives no floating-point tensor: there is nothing to compare")
     y, x = first
-    decides = is_decision(y)
+    decides = is_decision(y) and kind != "features"
     scores = labels is not None and y.dim() == 2
     if scores and len(cast(Tensor, labels)) < len(y):
         raise CalibrationError(f"{len(cast(Tensor, labels))} labels for {len(y)} images")
@@ -83,7 +90,7 @@ def compare(
         kind="features" if not decides else "classes" if y.dim() == 2 else "pixels",
         loss=output_loss(wanted, kept),
         cosine=float(F.cosine_similarity(x.flatten(1), y.flatten(1), dim=1).mean()),
-        agreement=agreement(wanted, kept),
+        agreement=agreement(wanted, kept) if decides else None,
         kl=_divergence(y, x) if decides else None,
         top1=_top(y, x, cast(Tensor, labels), 1) if scores else None,
         top5=_top(y, x, cast(Tensor, labels), 5) if scores and y.shape[1] > 5 else None,
