@@ -20,7 +20,7 @@ from octify.layers import Merge, OctConv, Split
 from octify.module import graph_of_mode
 from octify.operators import transfer_notes
 from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
-from octify.plan import Flows, PlanOp, Plan
+from octify.plan import Flows, Plan, PlanOp
 from octify.recipe import Recipe
 
 SIDES = (64, 96, 128)  # small inputs to try first
