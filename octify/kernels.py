@@ -123,7 +123,8 @@ def sharpen_taps(axis: Axis, taps: Taps, to_low: bool) -> Taps:
     away lessens the spread that activations were trained on, so what departs from the taps' mean is amplified by
     `SHARPEN`. Every column sums to 1, so constant maps pass as they do through the fold.
 
-    >>> [[round(weight, 2) for weight in row] for row in sharpen_taps(Axis(3, left=1, right=1), taps, True).matrix]
+    >>> axis = Axis(3, left=1, right=1)
+    >>> [[round(weight, 2) for weight in row] for row in sharpen_taps(axis, fold_taps(axis), True).matrix]
     [[0.54, -0.1, -0.22], [0.68, 1.2, 0.68], [-0.22, -0.1, 0.54]]
     """
     count = len(taps.matrix)
