@@ -70,7 +70,7 @@ def convert_calibrated(
     if reading.whole:
         calibration = Calibration(reading.flows, source.batches, options)
         converted: nn.Module = calibration.run(lambda flows: finish(flows, make_plan(flows)))
-        parts: Parts = [("", Flows(reading.flows.trace, calibration.recipe))]
+        parts: Parts = [("", reading.flows.again(calibration.recipe))]
         report = calibration.report
     else:
         converted, parts, report = calibrate_by_parts(
@@ -134,7 +134,12 @@ def list_sensitivities(request: Request, images: ImageRequest, step: Step) -> li
     if not reading.whole:
         paths = [path for path, _ in reading.parts]
         given = dict(record_parts(reading.model, paths, source.batches, len(reading.example)))
-    return [row for path, flows in reading.parts for row in _sensitivities(path, flows, given[path], images, step)]
+    return [
+        row
+        for path, flows in reading.parts
+        if path in given
+        for row in _sensitivities(path, flows, given[path], images, step)
+    ]
 
 
 def _sensitivities(

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from octify.convert import Example, apply_parts, apply_plan, example_of, read_flows, refuse_nothing
-from octify.errors import TraceError
+from octify.convert import Example, apply_parts, apply_plan, example_of, read_model, refuse_nothing
 from octify.module import OctaveModule
-from octify.parts import Parts, find_parts, plan_parts
+from octify.parts import Parts, plan_parts
 from octify.plan import Flows, Plan, make_plan
 from octify.recipe import Recipe
 
@@ -34,12 +33,13 @@ class Conversion:
             RecipeError, ModelError, TraceError: as `octify.convert`.
         """
         example = example_of(model, example_inputs)
-        try:
-            return cls(model, recipe, example, [("", read_flows(model, recipe, example))], True)
-        except TraceError as failure:
-            parts = find_parts(model, example, recipe, failure)
-        recipe.check_matches([module for _, flows in parts for module in flows.modules], type(model).__name__)
-        return cls(model, recipe, example, parts, False)
+        parts, whole = read_model(model, recipe, example)
+        return cls(model, recipe, example, parts, whole)
+
+    def again(self, recipe: Recipe) -> Conversion:
+        """The same traces under another recipe."""
+        parts = [(path, flows.again(recipe)) for path, flows in self.parts]
+        return Conversion(self.model, recipe, self.example, parts, self.whole)
 
     @property
     def flows(self) -> Flows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from octify.graph import paused_collection, set_module
 from octify.module import OctaveModule
 from octify.operators import check_operators, find_operator
 from octify.origin import Origin, set_origin
-from octify.parts import Parts, find_parts, plan_parts, rewrite_parts
+from octify.parts import Parts, convolutions, find_parts, plan_parts, rewrite_parts, within
 from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe, load_recipe
 from octify.rewrite import rewrite_graph
-from octify.trace import Trace, trace_model
+from octify.trace import SIZED, WAYS, Trace, trace_model
 from octify.zoo import input_shape
 
 Example = Tensor | Sequence[int] | Sequence[Any] | None
@@ -82,17 +83,11 @@ def convert(
         return Calibration(flows, batches, options).run(lambda found: finish(found, make_plan(found)))
     if target is not None or max_loss is not None or distil:
         raise CalibrationError("target, max_loss and distil need calibration images: pass calibration=")
-    try:
-        flows = read_flows(model, chosen, example_inputs)
-    except TraceError as failure:
-        return _convert_parts(model, chosen, example_of(model, example_inputs), failure)
-    return finish(flows, make_plan(flows))
-
-
-def _convert_parts(model: nn.Module, recipe: Recipe, example: tuple[Any, ...], failure: TraceError) -> nn.Module:
-    parts = find_parts(model, example, recipe, failure)
-    recipe.check_matches([module for _, flows in parts for module in flows.modules], type(model).__name__)
-    return apply_parts(model, parts, plan_parts(model, parts), example)
+    example = example_of(model, example_inputs)
+    parts, whole = read_model(model, chosen, example)
+    if not whole:
+        return apply_parts(model, parts, plan_parts(model, parts), example)
+    return finish(parts[0][1], make_plan(parts[0][1]))
 
 
 def calibrate_by_parts(
@@ -167,10 +162,8 @@ def plan(
         RecipeError, ModelError, TraceError: as `convert`.
     """
     chosen = choose_recipe(recipe, alpha, kernels, operator, c0)
-    try:
-        return make_plan(read_flows(model, chosen, example_inputs))
-    except TraceError as failure:
-        return plan_parts(model, find_parts(model, example_of(model, example_inputs), chosen, failure))
+    parts, whole = read_model(model, chosen, example_of(model, example_inputs))
+    return make_plan(parts[0][1]) if whole else plan_parts(model, parts)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -216,15 +209,45 @@ def choose_recipe(
     return chosen
 
 
+def read_model(model: nn.Module, recipe: Recipe, example: tuple[Any, ...]) -> tuple[Parts, bool]:
+    """What flows in the whole model (its path is "") or in each part, and whether it is the whole.
+
+    Parts that run at any size are better than a whole at one size, if they hold every convolution.
+
+    Raises:
+        RecipeError: a pattern of the recipe matches nothing.
+        ModelError, TraceError: the model does not run on the example, or cannot be traced.
+    """
+    try:
+        return [("", read_flows(model, recipe, example, SIZED))], True
+    except TraceError as failure:
+        parts = _parts_of_all(model, recipe, example, failure)
+    if not parts:
+        try:
+            return [("", read_flows(model, recipe, example))], True
+        except TraceError as failure:
+            parts = find_parts(model, example, recipe, failure)
+    recipe.check_matches([module for _, flows in parts for module in flows.modules], type(model).__name__)
+    return parts, False
+
+
+def _parts_of_all(model: nn.Module, recipe: Recipe, example: tuple[Any, ...], failure: TraceError) -> Parts:
+    """The parts, if no convolution is outside of them; else none."""
+    with contextlib.suppress(TraceError, ModelError):
+        parts = find_parts(model, example, recipe, failure)
+        return parts if all(within(path, [part for part, _ in parts]) for path in convolutions(model)) else ()
+    return ()
+
+
 @paused_collection()
-def read_flows(model: nn.Module, recipe: Recipe, example_inputs: Example = None) -> Flows:
-    """Traces the model and reads what flows where.
+def read_flows(model: nn.Module, recipe: Recipe, example_inputs: Example = None, ways: tuple[str, ...] = WAYS) -> Flows:
+    """Traces the model as a whole, in one of some `ways`, and reads what flows where.
 
     Raises:
         RecipeError: a pattern of the recipe matches nothing.
         TraceError: the model cannot be traced.
     """
-    flows = Flows(trace_model(model, example_of(model, example_inputs)), recipe)
+    flows = Flows(trace_model(model, example_of(model, example_inputs), ways), recipe)
     recipe.check_matches(flows.modules, type(model).__name__)
     return flows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from octify.origin import origin_of, set_origin
 from octify.plan import Plan
 from octify.recipe import Recipe
 from octify.rules.base import FUNCTIONS, METHODS, MODULES, Rule
+from octify.trace import SIZED
 from octify.verify import all_checks, quick_checks
 from octify.zoo import build_model, input_shape, resolve
 
@@ -78,12 +80,13 @@ class Request:
         sizes = (self.input_size,) if self.input_size else input_shape(resolve(self.model))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         example = tuple(torch.empty(1, *size, device="meta", dtype=dtype) for size in sizes)
-        try:
-            return Conversion.read(model, recipe, example)
-        except TraceError:
-            if device != "meta":
-                raise
-            return Conversion.read(self.build(), recipe, example)  # finding the parts of a detector takes a run
+        if device == "meta":
+            with contextlib.suppress(TraceError):
+                reading = Conversion.read(model, recipe, example)
+                if reading.flows.trace.how in SIZED:
+                    return reading
+            model = self.build()  # finding the parts of a model takes a run
+        return Conversion.read(model, recipe, example)
 
 
 def is_checkpoint(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 from torch import fx, nn
@@ -40,6 +41,13 @@ class OctaveModule(fx.GraphModule):
             if name not in _SKIP and name not in self.__dict__:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "training", root.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Of a part of a model also the source's methods, such as a head's loss, which the model calls."""
+        function = getattr(self.__dict__.get("octify_class"), name, None)
+        if isinstance(function, FunctionType) and name not in vars(nn.Module):
+            return MethodType(function, self)
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> OctaveModule:
         """Sets the mode, and the graph that belongs to it."""

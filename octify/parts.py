@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from octify.check import check_graph
 from octify.errors import ModelError, TraceError
-from octify.graph import named_modules, set_module, sharing_copy, structural_copy
+from octify.graph import map_leaves, named_modules, set_module, sharing_copy, structural_copy
 from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
@@ -30,11 +31,9 @@ def find_parts(model: nn.Module, example: tuple[Any, ...], recipe: Recipe, failu
         ModelError: the model does not run on the example.
         TraceError: no submodule traces.
     """
-    inputs = _record_inputs(sharing_copy(model).eval(), example, failure)
-    found = list(_walk(model, "", inputs, recipe))
-    parts = [
-        (path, Flows(flows.trace, recipe, prefix=f"{path}.")) for path, flows in found if make_plan(flows).converted
-    ]
+    calls = _record_calls(sharing_copy(model).eval(), example, failure)
+    found = list(_walk(model, "", calls, recipe))
+    parts = [(path, flows.again(recipe)) for path, flows in found if make_plan(flows).converted]
     if not parts and not any(asks_for_change(said) for _, flows in found for said in flows.settings.values()):
         parts = found  # nothing is asked for: every part as it is
     if not parts:
@@ -71,6 +70,7 @@ def rewrite_parts(model: nn.Module, parts: Parts, plan: Plan) -> nn.Module:
         decided = part_of(plan, path)
         converted = rewrite_graph(flows, decided)
         check_graph(converted, flows, decided)
+        object.__setattr__(converted, "octify_class", type(model.get_submodule(path)))
         set_module(root, path, converted)
     return root
 
@@ -83,35 +83,55 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _walk(
-    module: nn.Module, path: str, inputs: dict[str, tuple[Tensor, ...]], recipe: Recipe
-) -> Iterator[tuple[str, Flows]]:
+def convolutions(model: nn.Module) -> list[str]:
+    """The paths of all convolutions."""
+    return [path for path, module in named_modules(model) if isinstance(module, _ConvNd)]
+
+
+def within(path: str, homes: Sequence[str]) -> bool:
+    """Whether a module is one of some modules or inside one."""
+    return any(path == home or path.startswith(f"{home}.") for home in homes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a submodule is given (tensors on meta, lists of them) and whether a convolution ran before it."""
+
+    example: tuple[Any, ...]
+    late: bool
+
+
+def _walk(module: nn.Module, path: str, calls: dict[str, _Call], recipe: Recipe) -> Iterator[tuple[str, Flows]]:
     for name, child in module.named_children():
         where = f"{path}.{name}" if path else name
         if not holds_convolution(child):
             continue
-        flows = _flows(child, inputs[where], recipe, where) if where in inputs else None
+        flows = _flows(child, calls[where], recipe, where) if where in calls else None
         if flows is None:
-            yield from _walk(child, where, inputs, recipe)
+            yield from _walk(child, where, calls, recipe)
         else:
             yield where, flows
 
 
-def _flows(module: nn.Module, example: tuple[Tensor, ...], recipe: Recipe, path: str) -> Flows | None:
+def _flows(module: nn.Module, call: _Call, recipe: Recipe, path: str) -> Flows | None:
     try:
-        return Flows(trace_model(module, example, ways=("symbolic",)), recipe, prefix=f"{path}.")
+        trace = trace_model(module, call.example, ways=("symbolic",))
     except TraceError:
         return None
+    return Flows(trace, recipe, prefix=f"{path}.", image=not call.late)
 
 
-def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceError) -> dict[str, tuple[Tensor, ...]]:
-    """What every submodule is given first, if that is tensors alone."""
-    found: dict[str, tuple[Tensor, ...]] = {}
+def _record_calls(model: nn.Module, example: tuple[Any, ...], failure: TraceError) -> dict[str, _Call]:
+    """What every submodule is given first, if that is tensors and lists of tensors alone."""
+    found: dict[str, _Call] = {}
+    late = False
 
     def hook(path: str) -> Any:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args and not kwargs and all(isinstance(value, Tensor) for value in args):
-                found.setdefault(path, tuple(value.detach().to("meta") for value in args))
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal late
+            if args and not kwargs and all(_is_tensors(value) for value in args):
+                found.setdefault(path, _Call(map_leaves(args, lambda value: value.detach().to("meta")), late))
+            late = late or isinstance(module, _ConvNd)
 
         return record
 
@@ -126,6 +146,12 @@ def _record_inputs(model: nn.Module, example: tuple[Any, ...], failure: TraceErr
             stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)
         run_on(model, real)
     return found
+
+
+def _is_tensors(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, Tensor) for item in cast("list[object]", value))
+    return isinstance(value, Tensor)
 
 
 def run_on(model: nn.Module, example: Sequence[Tensor]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from torch import Tensor, fx
@@ -153,9 +153,10 @@ class Flows:
     `values` holds a map (or a tuple of maps, or a plain value) per node: axes and channel classes, no choices.
     """
 
-    def __init__(self, trace: Trace, recipe: Recipe, prefix: str = "") -> None:
+    def __init__(self, trace: Trace, recipe: Recipe, prefix: str = "", image: bool = True) -> None:
         self.trace = trace
         self.prefix = prefix
+        self.image = image  # whether the inputs are images; a part of a model may be given features
         self.recipe = recipe
         self.values: dict[fx.Node, Any] = {}
         self.rules: dict[fx.Node, Rule | None] = {}
@@ -166,9 +167,17 @@ class Flows:
         self.ops: dict[fx.Node, Op] = {}
         self.calls: dict[str, tuple[list[Map], list[Map]]] = {}
         self.classes = Classes()
+        self.by_target: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in trace.nodes:
+            if node.op == "call_module" and _has_weights(trace.module_of(node)):
+                self.by_target[str(node.target)].append(node)
         check_operators(recipe)
         for node in trace.nodes:
             self.values[node] = self._value(node)
+
+    def again(self, recipe: Recipe) -> Flows:
+        """The same trace under another recipe."""
+        return Flows(self.trace, recipe, self.prefix, self.image)
 
     @property
     def modules(self) -> list[tuple[str, str]]:
@@ -178,7 +187,7 @@ class Flows:
 
     def _value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return _plain(value_of(node), image=True)
+            return _plain(value_of(node), image=self.image)
         if node.op == "get_attr":
             return _plain(value_of(node))
         if node.op == "output":
@@ -187,7 +196,7 @@ class Flows:
         module = self.trace.module_of(node)
         settings = self._settings(node, module)
         stem = self.recipe.defaults.stem == "dense" and settings.source == "default"
-        op = Op(node, module, self.values, settings, stem)
+        op = Op(node, module, self.values, self._as_largest(node, settings), stem)
         rule = rule_for(node, module)
         if rule is not None and not rule.applies(op):
             rule = None
@@ -214,6 +223,12 @@ class Flows:
         self._tie_calls(node, maps, maps_in(value))
         return value
 
+    def _as_largest(self, node: fx.Node, settings: Settings) -> Settings:
+        """Weights used on maps of several sizes (a head on a pyramid) have one layout: the largest map decides."""
+        calls = self.by_target.get(str(node.target), []) if node.op == "call_module" else []
+        sizes = [_size(call) for call in calls]
+        return replace(settings, min_size=1) if sizes and _size(node) < max(sizes) else settings
+
     def _take(self, op: Op, operator: Operator) -> Any:
         """A layer for an operator on dense maps; all calls of one module go the way of the first."""
         target = str(op.node.target)
@@ -235,7 +250,7 @@ class Flows:
     def _tie_calls(self, node: fx.Node, reads: list[Map], gives: list[Map]) -> None:
         """A module called twice has one set of weights, so all its calls share their layouts."""
         module = self.trace.module_of(node)
-        if module is None or not any(True for _ in tensors_of(module)):
+        if module is None or not _has_weights(module):
             return
         before = self.calls.setdefault(str(node.target), (reads, gives))
         for old, new in ((before[0], reads), (before[1], gives)):
@@ -296,6 +311,16 @@ class Flows:
 
     def _layout(self, found: Map) -> Layout:
         return self.classes.layout(found.ids)
+
+
+def _has_weights(module: Any) -> bool:
+    return any(True for _ in tensors_of(module))
+
+
+def _size(node: fx.Node) -> int:
+    """How many elements a node's tensor has."""
+    value = value_of(node)
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def _plain(value: Any, *, image: bool = False) -> Any:

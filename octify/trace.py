@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from octify.errors import TraceError
-from octify.graph import get_attribute, map_nodes, meta_copy, record_values, sharing_copy
+from octify.graph import get_attribute, map_leaves, map_nodes, meta_copy, record_values, sharing_copy
 from octify.modes import join_modes
 from octify.ops import same_branch_
 from octify.rules.base import rule_of_type
@@ -48,7 +48,8 @@ class Trace:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-WAYS = ("symbolic", "guarded", "free batch", "fixed")
+SIZED = ("symbolic", "guarded")  # the ways that leave sizes open
+WAYS = (*SIZED, "free batch", "fixed")
 
 
 def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...] = WAYS) -> Trace:
@@ -73,7 +74,7 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
 
 
 def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, tracer: type[SymbolicTracer]) -> Trace:
-    ghosts = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in example)
+    ghosts = cast("tuple[Any, ...]", map_leaves(example, _meta))
     root = sharing_copy(model)
     train, evaluate = (_trace_mode(model, root, ghosts, tracer, training) for training in (True, False))
     graph, two_modes = join_modes(train, evaluate, root)
@@ -151,6 +152,15 @@ class SymbolicTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)
         self.skeleton = skeleton
         self.example = example
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """A list that the model is given is as long as the example's."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        given = self.example[places.index(obj.node)] if obj.node in places[: len(self.example)] else None
+        if isinstance(given, (list, tuple)):
+            items: Any = obj
+            return iter([items[index] for index in range(len(cast("list[Any]", given)))])
+        return cast(Any, super()).iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A leaf is kept as one call."""

@@ -55,7 +55,7 @@ def all_checks(reading: Conversion, plan: Plan | None = None) -> list[Check]:
     converted = shaken.apply(decided)
     folded = dict(shaken.pairs(shaken.apply(_with_folds(decided))))
     checks = _structure(shaken, converted)
-    nothing = Conversion.read(shaken.model, Recipe.uniform(0.0), reading.example) if shaken.whole else None
+    nothing = shaken.again(Recipe.uniform(0.0)) if shaken.whole else None
     for flows, module in shaken.pairs(converted):
         source = flows.trace.model
         inputs = small_inputs(source, flows)

@@ -36,6 +36,8 @@ def calibrate_parts(
 ) -> tuple[dict[str, OctaveModule], Parts, CalibrationReport]:
     """Converts each part by the images that reach it: the parts, what flows in them now, and one report.
 
+    A part that is given lists of maps (a detector's head) is left out: it is converted without images.
+
     Raises:
         CalibrationError: the images cannot be used, or the budget cannot be met.
     """
@@ -44,12 +46,14 @@ def calibrate_parts(
     recipes: list[Recipe] = []
     reports: list[tuple[str, CalibrationReport]] = []
     for path, flows in parts:
+        if path not in given:
+            continue
         calibration = Calibration(flows, given[path], replace(options, progress=_named(options, path)))
         done[path] = calibration.run(finish)
         recipes.append(calibration.recipe)
         reports.append((path, calibration.report))
     recipe = join_recipes(recipes)
-    chosen = [(path, Flows(flows.trace, recipe, prefix=flows.prefix)) for path, flows in parts]
+    chosen = [(path, flows.again(recipe)) for path, flows in parts]
     return done, chosen, join_reports(reports)
 
 
@@ -58,7 +62,7 @@ def record_parts(
 ) -> dict[str, list[tuple[Tensor, ...]]]:
     """What each submodule is given first, batch by batch, when a model in eval mode runs on the images.
 
-    `wanted` is how many inputs the model takes.
+    Submodules that are given anything but tensors are left out. `wanted` is how many inputs the model takes.
 
     Raises:
         CalibrationError: a batch holds no tensors, or does not reach a part.
@@ -66,11 +70,14 @@ def record_parts(
     watched = sharing_copy(model).eval()
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     found: dict[str, list[tuple[Tensor, ...]]] = {path: [] for path in paths}
+    others: set[str] = set()
     for count, inputs in enumerate(collect_inputs(batches, wanted), start=1):
 
         def hook(path: str, enough: int = count) -> Any:
             def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if len(found[path]) < enough:
+                if not all(isinstance(value, Tensor) for value in args):
+                    others.add(path)
+                elif len(found[path]) < enough:
                     found[path].append(tuple(value.detach().clone() for value in args))
 
             return record
@@ -80,9 +87,9 @@ def record_parts(
                 stack.callback(watched.get_submodule(path).register_forward_pre_hook(hook(path)).remove)
             run_on(watched, [value.to(device) for value in inputs])
         for path in paths:
-            if len(found[path]) < count:
+            if len(found[path]) < count and path not in others:
                 raise CalibrationError(f"{path} is not run on calibration batch {count}: there is nothing to fit it to")
-    return found
+    return {path: batches for path, batches in found.items() if path not in others}
 
 
 def compare_parts(
@@ -96,7 +103,7 @@ def compare_parts(
     given = record_parts(source, paths, batches, inputs)
     found = [
         (path, compare(source.get_submodule(path), converted.get_submodule(path), given[path], kind="features"))
-        for path in paths
+        for path in given
     ]
     worst = max((verdict for _, verdict in found), key=lambda verdict: verdict.loss)
     layers = [replace(row, layer=f"{path}.{row.layer}") for path, verdict in found for row in verdict.layers]

@@ -68,7 +68,7 @@ class Calibration:
             ConversionError: nothing would change.
         """
         self.recipe = recipe_with(self.flows, self.choose_low())
-        converted = finish(Flows(self.flows.trace, self.recipe, prefix=self.flows.prefix))
+        converted = finish(self.flows.again(self.recipe))
         training = converted.training
         converted.eval()
         self.tune(converted)

@@ -20,7 +20,7 @@ TRIAL_STRENGTH = (0.01,)
 
 def trial_loss(flows: Flows, images: Images, low: set[int], count: int) -> float:
     """The loss of the fitted network in which exactly these classes are low, on `count` images."""
-    chosen = Flows(flows.trace, recipe_with(flows, low), prefix=flows.prefix)
+    chosen = flows.again(recipe_with(flows, low))
     converted = rewrite_graph(chosen, make_plan(chosen)).eval()
     done = fit_kernels(images.trace, converted, images.some(count), strengths=TRIAL_STRENGTH, dense_too=False)
     return output_loss(done.dense, done.octave)

@@ -60,6 +60,22 @@ def flattened(image: Any) -> Any:
     return map_tensors(image, lambda x: x.flatten(-2)[..., :1, None].expand_as(x).contiguous())
 
 
+@torch.no_grad()
+def part_inputs(model: nn.Module, paths: Sequence[str], flat: Any) -> dict[str, Any]:
+    """What some parts of a model are given first, each map of it in one colour a channel; the whole has the path ""."""
+    found: dict[str, Any] = {}
+
+    def keep(path: str) -> Any:
+        return lambda _, args: found.setdefault(path, args)
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(keep(path)) for path in paths if path]
+    if handles:
+        model.eval()(*flat)
+    for handle in handles:
+        handle.remove()
+    return {path: flattened(found[path]) if path else flat for path in paths}
+
+
 def recoloured(seed: int) -> Callable[[Tensor], Tensor]:
     """Gives images of one colour another, in double precision; seed 0 leaves them as they are."""
     generator = torch.Generator().manual_seed(seed)

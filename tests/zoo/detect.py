@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octify.convert import apply_parts
-from octify.errors import TraceError
 from octify.graph import meta_copy
 from octify.module import OctaveModule
-from octify.parts import find_parts, plan_parts
-from octify.plan import Plan
-from octify.recipe import Recipe
 from tests.zoo.compare import try_run
 from tests.zoo.count import macs
 
@@ -52,13 +47,6 @@ def small_images(model: nn.Module) -> list[Tensor]:
             if try_run(model.eval(), (found,)) and try_run(model.train(), (found, targets(found))):
                 return found
     raise ValueError(f"the source runs on none of {SMALL}")
-
-
-def converted_parts(model: nn.Module, recipe: Recipe, example: tuple[Tensor, ...]) -> tuple[nn.Module, Plan]:
-    """A detector converted as `convert` does it, and its plan; also at alpha 0."""
-    parts = find_parts(model, example, recipe, TraceError("a detector"))
-    decided = plan_parts(model, parts)
-    return apply_parts(model, parts, decided, example), decided
 
 
 def record_calls(model: nn.Module, found: Calls) -> list[Any]:
