@@ -125,7 +125,7 @@ def sharpen_taps(axis: Axis, taps: Taps, to_low: bool) -> Taps:
 
     >>> axis = Axis(3, left=1, right=1)
     >>> [[round(weight, 2) for weight in row] for row in sharpen_taps(axis, fold_taps(axis), True).matrix]
-    [[0.54, -0.1, -0.22], [0.68, 1.2, 0.68], [-0.22, -0.1, 0.54]]
+    [[0.52, -0.08, -0.19], [0.67, 1.17, 0.67], [-0.19, -0.08, 0.52]]
     """
     count = len(taps.matrix)
     if count == 1:
