@@ -200,7 +200,7 @@ def rebuild(source: nn.Module, header: Header) -> nn.Module:
     wanted = dtype_of(header.dtype)
     if given not in (None, wanted):
         source = _cast(source, wanted)
-    reading = Conversion.read(source, header.recipe, header.origin.example())
+    reading = Conversion.read(source, header.recipe, header.origin.example()).as_planned(header.plan)
     names, planned = reading.names(), [op.name for op in header.plan.ops]
     if names != planned:
         first = next((pair for pair in zip(names, planned) if pair[0] != pair[1]), None)  # noqa: B905 - lengths differ

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -40,6 +40,13 @@ class Conversion:
         """The same traces under another recipe."""
         parts = [(path, flows.again(recipe)) for path, flows in self.parts]
         return Conversion(self.model, recipe, self.example, parts, self.whole)
+
+    def as_planned(self, plan: Plan) -> Conversion:
+        """Without parts that a plan does not have: a detector finds more where it enlarges its images more."""
+        if self.whole:
+            return self
+        planned = {op.name.partition(":")[0] for op in plan.ops}
+        return replace(self, parts=[(path, flows) for path, flows in self.parts if path in planned])
 
     @property
     def flows(self) -> Flows:
