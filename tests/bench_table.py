@@ -69,7 +69,7 @@ def main() -> None:
     if not quick:
         for name in NETS[1:]:
             rows += measure(name, 0.5, ("compile",), 1, 1, rounds)
-        rows += measure(NETS[0], 0.5, ("compile",), 16, 2, 10)
+        rows += measure(NETS[0], 0.5, ("compile",), 16, 2, 8)
     machine = machine_of(torch.device("cpu"), 1)
     where = f"{machine['processor']}, torch {machine['torch']}"
     lines = [f"Measured by `make bench` on {where}, float32, 224×224.", "", HEAD, "|" + " --- |" * 9, *rows]

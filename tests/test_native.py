@@ -158,6 +158,13 @@ def form_of(net: nn.Module) -> fx.GraphModule:
     return form
 
 
+def test_a_compiler_takes_a_program_for_one_operator() -> None:
+    net = octave()
+    compiled, image = torch.compile(form_of(net), fullgraph=True), torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert close(compiled(image), net(image))
+
+
 def test_threads_share_a_form_and_copies_and_pickles_run() -> None:
     net = octave()
     form = form_of(net)

@@ -91,14 +91,14 @@ def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
 
 
 def _on_cpu(module: Optimized, example: tuple[Any, ...], backend: str) -> nn.Module:
-    """With octify's own kernels where they measure faster, at the example's size, than oneDNN's."""
+    """With octify's own kernels, unless oneDNN's measure faster at the example's size."""
     inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
     own, theirs = _with_programs(module, example), _copied(module)
     for form in (own, theirs):
         if form is not None:
             form.octify_passes |= lower_eager(form, inputs)
             _finished(form)
-    wins = own is not None and faster(own, theirs, inputs)
+    wins = own is not None and not faster(theirs, own, inputs)
     if backend == "eager":
         return own if own is not None and wins else theirs
     if not wins:
