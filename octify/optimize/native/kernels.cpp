@@ -86,6 +86,8 @@ struct Source {
   const float* const* rows;  // per tap, the input of every pixel of the block
   const float* weight;
   int64_t taps, span, first;
+  const char* ahead;  // the part of the next panel that this tile fetches, and how much of it for each channel
+  int64_t share;
 };
 
 struct Tile {
@@ -123,12 +125,15 @@ __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, 
     const Source& source = tile.sources[s];
     const float* weight = source.weight;
     const float* const* rows = source.rows + pixel;
+    const char* ahead = source.ahead;
     for (int64_t tap = 0; tap < source.taps; ++tap, rows += tile.block) {
       const float* x[PIXELS];
 #pragma GCC unroll 16
       for (int m = 0; m < PIXELS; ++m) x[m] = rows[m] + source.first;
       for (int64_t c = 0; c < source.span; ++c, weight += WIDE) {
         const vec left = *(const vec*)weight, right = *(const vec*)(weight + LANES);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += source.share;
 #pragma GCC unroll 16
         for (int m = 0; m < PIXELS; ++m) {
           const vec value = all(x[m][c]);
@@ -241,7 +246,7 @@ static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>&
   x = {room.data(), x.n, x.h, wide, x.c};
 }
 
-static void run_sum(const Step& step, const Map* maps, const float* zeros, int threads) {
+static void run_sum(const Step& step, const float* following, const Map* maps, const float* zeros, int threads) {
   const Map& out = maps[step.out];
   static thread_local std::vector<float> rooms[4];
   Conv convs[4];
@@ -281,7 +286,7 @@ static void run_sum(const Step& step, const Map* maps, const float* zeros, int t
     int64_t used = 0;
     for (int64_t i = 0; i < step.convs; ++i) {
       const Conv& conv = convs[i];
-      sources[i] = {found.data() + used, nullptr, conv.kernel[0] * conv.kernel[1], conv.span, 0};
+      sources[i] = {found.data() + used, nullptr, conv.kernel[0] * conv.kernel[1], conv.span, 0, nullptr, 0};
       find_rows(conv, inputs[i], out, from, count, count, zeros, found.data() + used);
       used += sources[i].taps * count;
     }
@@ -305,6 +310,13 @@ static void run_sum(const Step& step, const Map* maps, const float* zeros, int t
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
+        for (int64_t j = 0; j < step.convs; ++j) {  // weights come from memory: while one panel is used, the next is read
+          const int64_t size = sources[j].taps * sources[j].span;
+          sources[j].share = 4 * WIDE / tiles;
+          const bool last_of_all = j == 0 && panel == panels - 1 && following;
+          const float* next = last_of_all ? following : sources[j].weight + size * WIDE;
+          sources[j].ahead = (const char*)next + i * size * sources[j].share;
+        }
         RUNS.of[last - first - 1](tile, first, panel * WIDE);
       }
     }
@@ -419,7 +431,7 @@ int64_t octify_wide() { return WIDE; }
 
 void octify_run(const Step* steps, int64_t count, const Map* maps, const float* zeros, int64_t threads) {
   for (const Step* step = steps; step < steps + count; ++step) switch (step->kind) {
-      case SUM: run_sum(*step, maps, zeros, threads); break;
+      case SUM: run_sum(*step, step + 1 < steps + count ? step[1].conv[0].weight : nullptr, maps, zeros, threads); break;
       case DEPTHWISE: run_depthwise(*step, maps, zeros, threads); break;
       case POOL: run_pool(*step, maps, threads); break;
       case AFFINE: run_affine(*step, maps, threads); break;
