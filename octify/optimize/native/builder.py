@@ -27,7 +27,7 @@ class Pending:
     bias: Tensor | None
     conv: Conv | None = None
     scale: Tensor | None = None
-    source: int | None = None
+    sources: tuple[tuple[int, int], ...] = ()  # of a norm: what it reads, one behind the other, with their channels
 
     @property
     def depthwise(self) -> bool:
@@ -46,6 +46,7 @@ class Builder:
         self.values = {node: index for index, node in enumerate(inputs)}
         self.pending: dict[fx.Node, Pending] = {}
         self.padding: dict[fx.Node, tuple[int, ...]] = {}
+        self.parts: dict[fx.Node, tuple[tuple[int, int], ...]] = {}  # what is concatenated, not yet done
         self.writers: dict[int, Step] = {}
         self.steps: list[Step] = []
 
@@ -66,6 +67,9 @@ class Builder:
         """The value of a node; what is pending gets its step now."""
         if node in self.pending:
             self._settle(node, self.pending.pop(node), "")
+        if node in self.parts:
+            parts = self.parts.pop(node)
+            self.values[node] = self._side_by_side(parts, Kind.COPY, None, "")
         return self.values[node]
 
     def _new(self) -> int:
@@ -100,9 +104,11 @@ class Builder:
             step = Step(Kind.GREATEST, self._new(), Convolved(window, window.before), [window])
             self.values[node] = self._emit(step)
         else:
-            scale, shift = scale_and_shift(module)
-            value = self.value(source)
-            self.pending[node] = Pending(Like(value), shift.float(), scale=scale.float(), source=value)
+            scale, shift = (row.float() for row in scale_and_shift(module))
+            alone = source in self.parts and len(source.users) == 1
+            sources = self.parts.pop(source) if alone else ((self.value(source), len(scale)),)
+            size = Beside(tuple(value for value, _ in sources))
+            self.pending[node] = Pending(size, shift, scale=scale, sources=sources)
 
     def _conv(self, node: fx.Node, source: fx.Node, conv: nn.Conv2d) -> None:
         before = after = cast("tuple[int, int]", conv.padding)
@@ -127,7 +133,7 @@ class Builder:
     def _pool(self, node: fx.Node) -> None:
         value = self.value(cast(fx.Node, node.args[0]))
         writer = self.writers.get(value)
-        if writer is None:
+        if writer is None or writer.kind == Kind.COPY:
             self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(value), source=value))
             return
         if writer.pooled is None:
@@ -136,12 +142,20 @@ class Builder:
 
     def _cat(self, node: fx.Node) -> None:
         nodes = cast("list[fx.Node]", node.args[0])
-        parts = [self.value(part) for part in nodes]
+        self.parts[node] = tuple((self.value(part), _channels(part)) for part in nodes)
+
+    def _side_by_side(self, parts: tuple[tuple[int, int], ...], kind: Kind, pending: Pending | None, act: str) -> int:
+        """One step for each part of a concatenation, copied or through a norm."""
         out, offset = self._new(), 0
-        for part, value in zip(nodes, parts, strict=True):
-            self.steps.append(Step(Kind.COPY, out, Beside(tuple(parts)), source=value, offset=offset))
-            offset += _channels(part)
-        self.values[node] = out
+        size = Beside(tuple(value for value, _ in parts))
+        for value, channels in parts:
+            step = Step(kind, out, size, source=value, offset=offset, act=act)
+            if pending is not None:
+                own = slice(offset, offset + channels)
+                step.scale, step.bias = cast(Tensor, pending.scale)[own], cast(Tensor, pending.bias)[own]
+            self._emit(step)
+            offset += channels
+        return out
 
     def _join(self, node: fx.Node) -> None:
         highs, lows = cast("tuple[list[fx.Node], list[fx.Node]]", node.args[:2])
@@ -185,12 +199,11 @@ class Builder:
     def _settle(self, node: fx.Node, pending: Pending, act: str) -> None:
         """Gives what is pending a step of its own."""
         if pending.conv is None:
-            step = Step(Kind.AFFINE, self._new(), pending.size, source=pending.source, act=act)
-            step.scale, step.bias = pending.scale, pending.bias
-        else:
-            kind = Kind.DEPTHWISE if pending.depthwise else Kind.SUM
-            step = Step(kind, self._new(), pending.size, [pending.conv], act=act)
-            step.bias = _sum_of([pending.bias], _channels(node))
+            self.values[node] = self._side_by_side(pending.sources, Kind.AFFINE, pending, act)
+            return
+        kind = Kind.DEPTHWISE if pending.depthwise else Kind.SUM
+        step = Step(kind, self._new(), pending.size, [pending.conv], act=act)
+        step.bias = _sum_of([pending.bias], _channels(node))
         self.values[node] = self._emit(step)
 
 

@@ -41,7 +41,7 @@ struct Conv {
 struct Step {
   int64_t kind, out, pooled, act, convs, plains, up;  // pooled and up: a map or -1
   int64_t plain[4];
-  int64_t offset;      // COPY: where its channels begin in the output
+  int64_t offset;      // COPY, AFFINE: where its channels begin in the output
   const float* scale;  // AFFINE
   const float* bias;   // padded to a multiple of WIDE
   Conv conv[4];
@@ -370,12 +370,12 @@ static void run_affine(const Step& step, const Map* maps, int threads) {
   const Map &x = maps[step.conv[0].map], &out = maps[step.out];
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t pixel = 0; pixel < out.n * out.h * out.w; ++pixel) {
-    const float* from = x.data + pixel * out.c;
-    float* to = out.data + pixel * out.c;
+    const float* from = x.data + pixel * x.c;
+    float* to = out.data + pixel * out.c + step.offset;
     int64_t c = 0;
-    for (; c + LANES <= out.c; c += LANES)
+    for (; c + LANES <= x.c; c += LANES)
       store(to + c, activate(load(from + c) * load(step.scale + c) + load(step.bias + c), step.act));
-    for (; c < out.c; ++c) to[c] = activate(all(from[c] * step.scale[c] + step.bias[c]), step.act)[0];
+    for (; c < x.c; ++c) to[c] = activate(all(from[c] * step.scale[c] + step.bias[c]), step.act)[0];
   }
   if (step.pooled >= 0)
     for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);

@@ -64,10 +64,7 @@ class Program(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """One tensor where there is one output, else a tuple."""
-        if torch.compiler.is_compiling():
-            results = _operator(list(inputs), self.handle)
-        else:
-            results = self.run(inputs)
+        results = _operator(list(inputs), self.handle) if torch.compiler.is_compiling() else self.run(inputs)
         return results[0] if len(self.outputs) == 1 else tuple(results)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
