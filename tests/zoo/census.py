@@ -30,6 +30,7 @@ from tests.zoo.row import COVERAGE, OTHERS, Row, read_rows, write_rows
 from tests.zoo.summary import write_summary
 
 SECONDS, GIB, LIFE = 240.0, 10, 60  # a network's bounds; networks in the life of a worker
+PARAMETERS = 25e6  # for each GiB: four copies of more would not fit
 
 
 def family_of(name: str) -> str:
@@ -51,8 +52,8 @@ def in_turns(names: list[str]) -> list[str]:
 class _Worker:
     """A process that measures one network after another; a new one takes its place when it dies."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, gib: int) -> None:
+        self.seconds, self.gib = seconds, gib
         self.process: subprocess.Popen[str] | None = None
         self.served = 0
 
@@ -82,7 +83,7 @@ class _Worker:
 
     def _start(self) -> None:
         self.stop()
-        command = [sys.executable, "-m", "tests.zoo.census", "--worker"]
+        command = [sys.executable, "-m", "tests.zoo.census", "--worker", "--gib", str(self.gib)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -95,24 +96,24 @@ class _Worker:
             self.process.wait()
 
 
-def _serve() -> None:
+def _serve(gib: int) -> None:
     """Reads names, writes rows."""
     import torch
 
     from tests.zoo.measure import measure
 
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (GIB * 2**30, GIB * 2**30))
+    resource.setrlimit(resource.RLIMIT_DATA, (gib * 2**30, gib * 2**30))
     out = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
         name = line.strip()
-        out.write(json.dumps(asdict(measure(name, family_of(name)))) + "\n")
+        out.write(json.dumps(asdict(measure(name, family_of(name), gib * PARAMETERS))) + "\n")
         out.flush()
         gc.collect()  # converted models hold cycles
 
 
-def _measured(names: list[str], workers: int, seconds: float) -> Iterator[Row]:
+def _measured(names: list[str], workers: int, seconds: float, gib: int) -> Iterator[Row]:
     """Rows as they come."""
     todo: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[Row] = queue.SimpleQueue()
@@ -120,7 +121,7 @@ def _measured(names: list[str], workers: int, seconds: float) -> Iterator[Row]:
         todo.put(name)
 
     def work() -> None:
-        worker = _Worker(seconds)
+        worker = _Worker(seconds, gib)
         try:
             while True:
                 done.put(worker.measure(todo.get_nowait()))
@@ -141,22 +142,23 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a network's time bound")
+    parser.add_argument("--gib", type=int, default=GIB, help="a worker's memory bound; more measures larger networks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        return _serve()
+        return _serve(given.gib)
     listed = Path(given.names).read_text().split() if given.names else list_models()
     rows = {**read_rows(COVERAGE), **read_rows(OTHERS)}
     wanted = [name for name in listed if fnmatch.fnmatchcase(name, given.only)]
     kept = {name for name, row in rows.items() if not row.reason.startswith("census:")}
     left = [name for name in wanted if given.fresh or name not in kept]
     names = left if given.names else in_turns(left)
-    _run(names, rows, given.workers, given.seconds)
+    _run(names, rows, given.workers, given.seconds, given.gib)
     write_summary(list(read_rows(COVERAGE).values()))
     return None
 
 
-def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float) -> None:
+def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float, gib: int) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -166,7 +168,7 @@ def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float) -
     )
     with Progress(*columns) as progress:
         task = progress.add_task("census", total=len(names))
-        for index, row in enumerate(_measured(names, workers, seconds), 1):
+        for index, row in enumerate(_measured(names, workers, seconds, gib), 1):
             rows[row.key] = row
             progress.update(task, advance=1, description=row.key)
             if index % 5 == 0 or index == len(names):

@@ -72,14 +72,10 @@ def count(model: nn.Module, run: Callable[[], object]) -> Counted:
         module.register_forward_hook(lambda own, args, out, path=path: calls.extend(_call(path, own, args, out)))
         for path, module in model.named_modules()
     ]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.requires_grad_(False)  # the counter fails on a parameter that is handed on as an argument
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run()
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     return Counted(calls, counter.get_total_flops() / 2, _weighted(counter))
