@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from octify.errors import ConversionError
 from octify.graph import nodes_in, tensors_of, value_of
@@ -210,6 +210,8 @@ class Flows:
         try:
             if settings.keep and rule is not None:
                 raise Dense("kept dense by the recipe")
+            if module is not None and _has_hooks(module):
+                raise Dense("it has hooks, which expect the source's maps and weights")
             if rule is None:
                 raise Dense(f"no rule for {describe(node, module)}")
             operator = find_operator(settings.operator)
@@ -315,6 +317,12 @@ class Flows:
 
 def _has_weights(module: Any) -> bool:
     return any(True for _ in tensors_of(module))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something runs around a module's forward: pruning, weight norm of the older kind, a user's own."""
+    held = cast(Any, module)
+    return bool(held._forward_hooks or held._forward_pre_hooks)
 
 
 def _size(node: fx.Node) -> int:
