@@ -70,10 +70,10 @@ def _pad(
     mode: str = "constant",
     value: float | None = None,
 ) -> Tensor:
-    channels_too = len(pad) > 2 * (input.dim() - 2)
-    if mode != "constant" or value or channels_too:
+    axes = input.dim() - 2
+    if mode != "constant" or value or len(pad) > 2 * axes:
         return func(input, pad, mode, value)
-    return _replicate(input, pad)
+    return _replicate(input, [*pad, *[0] * (2 * axes - len(pad))])  # replication wants all axes
 
 
 def _average(

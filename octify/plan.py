@@ -171,6 +171,7 @@ class Flows:
         for node in trace.nodes:
             if node.op == "call_module" and _has_weights(trace.module_of(node)):
                 self.by_target[str(node.target)].append(node)
+        self.lent = {str(node.target).rpartition(".")[0] for node in trace.nodes if node.op == "get_attr"}
         check_operators(recipe)
         for node in trace.nodes:
             self.values[node] = self._value(node)
@@ -212,6 +213,8 @@ class Flows:
                 raise Dense("kept dense by the recipe")
             if module is not None and _has_hooks(module):
                 raise Dense("it has hooks, which expect the source's maps and weights")
+            if module is not None and str(node.target) in self.lent:
+                raise Dense("its weights are read elsewhere too")
             if rule is None:
                 raise Dense(f"no rule for {describe(node, module)}")
             operator = find_operator(settings.operator)

@@ -59,7 +59,10 @@ def pad(x: Tensor, mode: str, pads: Pads) -> Tensor:
 
     A map can be too small for its mode only because it is half the size of the one that the mode was chosen for.
     """
-    if mode in ("constant", "replicate"):
+    if mode == "constant":
+        return F.pad(x, pads, mode)
+    pads = (*pads, *(0,) * (2 * (x.dim() - 2) - len(pads)))  # the other modes want every axis
+    if mode == "replicate":
         return F.pad(x, pads, mode)
     spare = 1 if mode == "reflect" else 0
     if any(max(pads[2 * axis : 2 * axis + 2]) + spare > x.shape[-1 - axis] for axis in range(len(pads) // 2)):

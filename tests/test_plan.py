@@ -15,6 +15,7 @@ from octify.convert import choose_recipe, read_flows
 from octify.errors import ConversionError, RecipeError, TraceError
 from octify.layout import Layout
 from octify.module import OctaveModule
+from octify.oracles import ReplicatePadding
 from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 from octify.trace import trace_model
@@ -299,3 +300,23 @@ def test_a_layer_with_hooks_stays_as_it_is(wrap: str) -> None:
         assert seen == ([(1, 16, 32, 32)] if wrap == "hook" else [])
     octave.train()(torch.rand(1, 3, 32, 32)).mean().backward()
     assert all(p.grad is not None for p in octave.parameters())
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_stays_as_it_is() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.lent = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.body = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(torch.relu(self.lent(torch.relu(self.stem(x)))))
+            return F.conv2d(torch.relu(x), self.lent.weight, padding=1)
+
+    net = Tied().eval()
+    octave = octify.convert(net, alpha=0.5, example_inputs=(1, 3, 32, 32)).eval()
+    assert {op.target for op in octify.plan_of(octave).converted} >= {"body.1"}
+    assert "its weights are read elsewhere too" in str(octify.plan_of(octave))
+    with ReplicatePadding(), torch.no_grad():
+        flat = torch.rand(1, 3, 1, 1).expand(1, 3, 32, 32).contiguous()
+        assert torch.allclose(octave(flat), net(flat), atol=1e-6)

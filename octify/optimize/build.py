@@ -62,7 +62,8 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
         BackendError: there is no such backend.
     """
     if backend not in BACKENDS:
-        raise BackendError(f'backend is "{backend}": expected one of {", ".join(BACKENDS)}')
+        given = f'"{backend}"' if isinstance(backend, str) else f"a {type(backend).__name__}"  # pyright: ignore
+        raise BackendError(f"backend is {given}: expected one of {', '.join(BACKENDS)}")
     example = example_of(model, example_inputs)
     module = flatten(model, example)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
