@@ -17,7 +17,7 @@ from octify.errors import ConversionError
 from octify.kernels import Axis
 from octify.layout import Layout
 from octify.octbase import Bands, OctBase
-from octify.resample import average, pool_low, up_to
+from octify.resample import add_raised, average, read_both, up_to
 from octify.routes import Route, fold_high, fold_low, paper_route, run_route, source_route
 
 if TYPE_CHECKING:
@@ -201,7 +201,11 @@ class OctConv(OctBase):
             high = average(high, self._pool)
         if not self._gives_low:
             return self._to_high(high, low, size)
-        low_out = self._to_low(high, low, size)
+        if self.weight_hl is None and low is not None:
+            low_out = self._run("ll", low, self.bias_l, size)
+        else:
+            high, pooled = read_both(high, self.spatial)
+            low_out = self._to_low(pooled, low, size)
         if not self._gives_high:
             return self._carrier(low_out, size), low_out
         return self._to_high(high, low, size), low_out
@@ -219,12 +223,9 @@ class OctConv(OctBase):
         out = self._run("hh", high, self.bias_h, size)
         lifted = self._run("lh", low, None, size)
         # In place: the convolution's output is nobody else's, and its backward pass does not need it.
-        return out.add_(up_to(lifted, size) if self._lift else lifted)
+        return add_raised(out, lifted, size) if self._lift else out.add_(lifted)
 
-    def _to_low(self, high: Tensor, low: Tensor | None, size: tuple[int, ...]) -> Tensor:
-        if self.weight_hl is None and low is not None:
-            return self._run("ll", low, self.bias_l, size)
-        pooled = pool_low(high, self.spatial)
+    def _to_low(self, pooled: Tensor, low: Tensor | None, size: tuple[int, ...]) -> Tensor:
         if self.weight_ll is None or low is None:
             return self._run("hl", pooled, self.bias_l, size)
         return self._run("ll", low, self.bias_l, size).add_(self._run("hl", pooled, None, size))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 def comparisons_table(facts: Mapping[str, Any]) -> Table:
@@ -38,14 +40,15 @@ def _timing(found: Mapping[str, Any]) -> str:
     return f"{found['median']:.2f} ({low:.2f}-{high:.2f})"
 
 
-def bundles_table(facts: Mapping[str, Any]) -> Table:
-    """One row a bundle, and the recipe that keeps what wins below."""
-    end = f"dense {facts['dense_ms']:.2f} ms, recipe {facts['octave_ms']:.2f} ms\n{facts['recipe']}"
-    table = Table("convolutions", "octave ms", "dense ms", "kept", title=facts["model"], caption=end)
+def bundles_table(facts: Mapping[str, Any]) -> Group:
+    """One row a bundle, and below it the recipe that keeps what wins, line for line as a file of it."""
+    table = Table("convolutions", "octave ms", "dense ms", "kept", title=facts["model"])
     for row in facts["bundles"]:
         names = row["convolutions"]
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         table.add_row(
             label, f"{row['octave_ms']:.2f}", f"{row['dense_ms']:.2f}", "octave" if row["octave"] else "dense"
         )
-    return table
+    kept = facts["output"] or "the recipe, to write to a file with -o"
+    end = Text(f"dense {facts['dense_ms']:.2f} ms, this recipe {facts['octave_ms']:.2f} ms; {kept}:", style="bold")
+    return Group(table, end, "", Text(facts["recipe"].rstrip(), no_wrap=True, overflow="ignore"))

@@ -193,9 +193,13 @@ def test_the_oracles_hold_for_any_network(net: nn.Module, alpha: float, size: tu
 @given(networks(), ALPHAS, SIZES, st.integers(0, 999))
 def test_the_optimised_form_gives_the_same(net: nn.Module, alpha: float, size: tuple[int, int], seed: int) -> None:
     _, image, octave = _prepared(net, alpha, size, seed)
+    images = [image, image[:1, :, :-3, :-2]]
     with torch.no_grad():
-        wanted = octave(image)
-        fast = octify.optimize(octave.float(), example_inputs=image[:1].float())
-        for batch in (image.float(), image[:1, :, :-3, :-2].float()):
-            expected = wanted if batch.shape == image.shape else octave.double()(batch.double())
-            assert (fast(batch) - expected).abs().max() <= 1e-5 * expected.abs().max().clamp_min(1)
+        wanted = [octave(each) for each in images]
+        octave = octave.float()
+        fast = octify.optimize(octave, example_inputs=images[0][:1].float())
+        for each, expected in zip(images, wanted, strict=True):
+            # Where a net blows rounding up, its own form does so as well, most of all where channels are last.
+            own = octave(each.float().contiguous(memory_format=torch.channels_last)) - expected
+            found = fast(each.float()) - expected
+            assert found.abs().max() <= max(1e-5 * expected.abs().max().clamp_min(1), 8 * own.abs().max())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from octify import resample
 from octify.errors import ConversionError
 from octify.layers import (
     Merge,
@@ -26,6 +27,7 @@ from octify.layers import (
     up_to,
 )
 from octify.layout import Layout
+from octify.resample import add_raised, read_both
 
 KINDS: dict[int, tuple[Any, Any]] = {1: (nn.Conv1d, OctConv1d), 2: (nn.Conv2d, OctConv2d), 3: (nn.Conv3d, OctConv3d)}
 
@@ -101,6 +103,41 @@ def test_pools_alike_with_and_without_gradients(height: int, width: int, channel
     wanted = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
     close(pool_low(x), wanted)
     close(pool_low(x.requires_grad_()), wanted)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_gradients_between_the_bands_are_right_to_the_second(order: torch.memory_format) -> None:
+    high = torch.randn(2, 3, 4, 6, dtype=torch.float64).contiguous(memory_format=order).requires_grad_()
+    low = torch.randn(2, 3, 2, 3, dtype=torch.float64).contiguous(memory_format=order).requires_grad_()
+    assert type(read_both(high)[1].grad_fn).__name__ == "_ReadBackward"
+    assert type(add_raised(1 * high, low, (4, 6)).grad_fn).__name__ == "_AddBackward"
+    for function, inputs in (
+        (lambda x, y: read_both(x), (high, low)),
+        (lambda x, y: add_raised(1 * x, y, (4, 6)), (high, low)),
+        (lambda x, y: add_raised(read_both(x)[0] * 2, read_both(x)[1] ** 2 + y, (4, 6)) ** 3, (high, low)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 12), (7, 12)])
+def test_a_layer_learns_the_same_with_pytorchs_own_pooling(
+    order: torch.memory_format, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1).double()
+    layer = OctConv2d.from_conv(conv, Layout.last(8, 4), Layout.last(8, 4)).to(memory_format=order)
+    x = torch.randn(2, 4, *size, dtype=torch.float64).contiguous(memory_format=order).requires_grad_()
+    low = torch.randn(2, 4, (size[0] + 1) // 2, size[1] // 2, dtype=torch.float64).contiguous(memory_format=order)
+
+    def gradients() -> list[Tensor]:
+        out = layer(x, low)
+        return list(torch.autograd.grad(sum(band.pow(3).sum() for band in out), [x, *layer.parameters()]))
+
+    own = gradients()
+    monkeypatch.setattr(resample, "_halves_quickly", lambda x: False)
+    for found, wanted in zip(own, gradients(), strict=True):
+        close(found, wanted, 1e-9)
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d])
