@@ -117,6 +117,26 @@ def test_max_pooling_norms_and_concatenation(kernel: int, stride: int, dilation:
         assert close(module(x), net(x))
 
 
+@pytest.mark.parametrize("first", [nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(6)])
+def test_a_map_pooled_again_and_again(first: nn.Module) -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.convs = first, nn.ModuleList(nn.Conv2d(6, 5, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            maps = [self.first(x)]
+            for _ in range(3):
+                maps.append(pool_low(maps[-1], 2))
+            return [conv(y) for conv, y in zip(self.convs, maps, strict=True)]
+
+    net, x = Pools().eval(), torch.randn(2, 6, 19, 13)
+    with torch.no_grad():
+        module, programs = lowered(net, x)
+        assert len(programs) == 1
+        assert all(close(found, wanted) for found, wanted in zip(module(x), net(x), strict=True))
+
+
 def test_what_is_not_a_number_stays_so() -> None:
     x = torch.full((1, 8, 4, 4), float("nan"))
     for act in ("", "relu", "relu6", "hardswish"):

@@ -133,7 +133,7 @@ class Builder:
     def _pool(self, node: fx.Node) -> None:
         value = self.value(cast(fx.Node, node.args[0]))
         writer = self.writers.get(value)
-        if writer is None or writer.kind == Kind.COPY:
+        if writer is None or writer.kind in (Kind.COPY, Kind.POOL):
             self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(value), source=value))
             return
         if writer.pooled is None:
