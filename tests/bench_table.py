@@ -1,7 +1,8 @@
 """`make bench`: the README's table of latencies, measured on this machine.
 
 The table stands between `<!-- bench:begin -->` and `<!-- bench:end -->`; without those lines it goes into
-tests/bench/table.md. `--quick` takes fewer pairs.
+tests/bench/table.md. `--quick` takes fewer pairs. Training is measured at a batch of 16; a second table holds
+what `--only-faster` makes of a dozen networks, measured once more when it has chosen.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
-import octify
-from octify.bench import Comparison, bench
+from octify.bench import Comparison, Settings, bench, only_faster
 from octify.bench.compare import machine_of
 from octify.conversion import Conversion
 from octify.recipe import Recipe, load_recipe
@@ -23,23 +24,53 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 NETS = ("torchvision:resnet50", "torchvision:resnext50_32x4d", "torchvision:densenet121", "timm:mobilenetv1_100",
         "torchvision:mobilenet_v2")  # fmt: skip
+CHOOSING = (
+    "torchvision:resnet18", "torchvision:resnet50", "torchvision:resnext50_32x4d", "torchvision:densenet121",
+    "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large", "timm:mobilenetv1_100", "timm:efficientnet_b0",
+    "torchvision:regnet_y_400mf", "torchvision:shufflenet_v2_x1_0", "torchvision:squeezenet1_1", "timm:repvgg_a0",
+)  # fmt: skip
 HEAD = "| network | alpha | backend | batch, threads | dense ms | octave ms | ratio | multiply-adds | quotient |"
+CHOSEN = "| network | bundles octave | dense ms | chosen ms | ratio | multiply-adds |"
 
 
-def measure(name: str, alpha: float, backends: tuple[str, ...], batch: int, threads: int, rounds: int) -> list[str]:
+def measure(
+    name: str, alpha: float, backends: tuple[str, ...], batch: int, threads: int, rounds: int, train: bool = False
+) -> list[str]:
     """One row a backend."""
     source = build_model(name)
-    plain = Conversion.read(source, Recipe.uniform(0.0))
-    octave = octify.convert(source, recipe=load_recipe("resnet" if "resn" in name else "uniform", alpha))
-    dense = plain.apply(plain.plan())
-    found = bench(dense, octave, backends=backends, batch=batch, threads=threads, rounds=rounds, progress=print)
+    dense, octave = converted(source), converted(source, recipe_of(name, alpha))
+    options = {"batch": batch, "threads": threads, "rounds": rounds, "train": train, "progress": print}
+    found = bench(dense, octave, backends=backends, **options)
     return [row(name, alpha, batch, threads, each) for each in found]
+
+
+def recipe_of(name: str, alpha: float) -> Recipe:
+    """The paper's for ResNets, where its last stage is dense."""
+    return load_recipe("resnet" if "resn" in name else "uniform", alpha)
+
+
+def converted(source: nn.Module, recipe: Recipe | None = None) -> nn.Module:
+    """By a recipe, also by one that converts nothing, or dense as a graph: both go through the same passes."""
+    reading = Conversion.read(source, recipe or Recipe.uniform(0.0))
+    return reading.apply(reading.plan())
+
+
+def choose(name: str, rounds: int) -> str:
+    """What `--only-faster` keeps of a network at alpha 0.5, and how fast that is."""
+    source = build_model(name)
+    found = only_faster(source, recipe_of(name, 0.5), None, Settings(threads=1), 5, print)
+    kept = sum(bundle.octave for bundle in found.bundles) if found.octave_ms < found.dense_ms else 0
+    [again] = bench(converted(source), converted(source, found.recipe), threads=1, rounds=rounds)
+    ratio = f"{again.ratio:.3f} ({again.ratio_quartiles[0]:.3f}–{again.ratio_quartiles[1]:.3f})"
+    cells = [name.partition(":")[2], f"{kept} of {len(found.bundles)}", f"{again.dense.median:.1f}"]
+    return "| " + " | ".join([*cells, f"{again.octave.median:.1f}", ratio, f"{again.mac_ratio:.3f}"]) + " |"
 
 
 def row(name: str, alpha: float, batch: int, threads: int, found: Comparison) -> str:
     """A comparison as a line of the table."""
     ratio = f"{found.ratio:.3f} ({found.ratio_quartiles[0]:.3f}–{found.ratio_quartiles[1]:.3f})"
-    cells = [name.partition(":")[2], f"{alpha:g}", found.backend, f"{batch}, {threads}", f"{found.dense.median:.1f}"]
+    kind = f"{found.backend}, training" if found.settings["train"] else found.backend
+    cells = [name.partition(":")[2], f"{alpha:g}", kind, f"{batch}, {threads}", f"{found.dense.median:.1f}"]
     cells += [f"{found.octave.median:.1f}", ratio, f"{found.mac_ratio:.3f}", f"{found.quotient:.3f}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -70,9 +101,13 @@ def main() -> None:
         for name in NETS[1:]:
             rows += measure(name, 0.5, ("compile",), 1, 1, rounds)
         rows += measure(NETS[0], 0.5, ("compile",), 16, 2, 8)
+        rows += measure(NETS[0], 0.5, ("eager",), 16, 1, 6, train=True)
     machine = machine_of(torch.device("cpu"), 1)
     where = f"{machine['processor']}, torch {machine['torch']}"
     lines = [f"Measured by `make bench` on {where}, float32, 224×224.", "", HEAD, "|" + " --- |" * 9, *rows]
+    if not quick:
+        lines += ["", "`octify bench MODEL --alpha 0.5 --only-faster`, eager, one thread, one image:", "", CHOSEN]
+        lines += ["|" + " --- |" * 6, *(choose(name, rounds) for name in CHOOSING)]
     print("written to", write("\n".join(lines) + "\n"))
 
 

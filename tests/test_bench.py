@@ -73,6 +73,16 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
     assert peak_memory(work, torch.device("cpu")) == pytest.approx(6, abs=0.01)
 
 
+def test_peak_memory_counts_what_a_form_keeps_between_calls() -> None:
+    form = octify.optimize(
+        nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))), example_inputs=(1, 16, 128, 128)
+    )
+    x = torch.randn(1, 16, 128, 128)
+    with torch.no_grad():
+        form(x)
+        assert peak_memory(lambda: form(x), torch.device("cpu")) >= 2  # an inner map and the output, 1 MiB each
+
+
 @pytest.mark.parametrize("backend,module", [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_a_backend_that_is_not_installed_says_how_to(
     monkeypatch: pytest.MonkeyPatch, backend: str, module: str

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from octify.bench.clock import Call
+from octify.optimize.native import release_all
 
 MIB = 2**20
 
 
 def peak_memory(call: Call, device: torch.device) -> float:
-    """MiB allocated by PyTorch above what was there before; weights are not in it."""
+    """MiB allocated above what was there before, what octify's kernels keep between calls included; no weights."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -23,7 +28,8 @@ def peak_memory(call: Call, device: torch.device) -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    release_all()
+    with _hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
     events: Any = cast(Any, found).profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -32,3 +38,18 @@ def peak_memory(call: Call, device: torch.device) -> float:
         held += change
         most = max(most, held)
     return most / MIB
+
+
+@contextmanager
+def _hushed() -> Generator[None]:
+    """Without what the profiler's library writes about itself to the process's standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

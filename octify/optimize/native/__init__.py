@@ -2,6 +2,6 @@
 
 from octify.optimize.native.library import load_library, why_not
 from octify.optimize.native.lower import lower_native
-from octify.optimize.native.program import Program
+from octify.optimize.native.program import Program, release_all
 
-__all__ = ["Program", "load_library", "lower_native", "why_not"]
+__all__ = ["Program", "load_library", "lower_native", "release_all", "why_not"]

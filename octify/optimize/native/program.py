@@ -92,6 +92,10 @@ class Program(nn.Module):
         shapes = [sizes[value] for value in self.outputs]
         return [inputs[0].new_empty((n, h, w, c)).permute(0, 3, 1, 2) for n, c, h, w in shapes]
 
+    def release(self) -> None:
+        """Gives back the memory that is kept between calls."""
+        self._own = threading.local()
+
     def _structure(self, wide: int) -> tuple[Any, list[Tensor], Tensor]:
         made = [structure(step, wide) for step in self.steps]
         rows = (CStep * len(made))(*(row for row, _ in made))
@@ -201,6 +205,12 @@ class _Room:
             self._free.remove(after)
             size += after[1]
         self._free.append((start, size))
+
+
+def release_all() -> None:
+    """Gives back what any program keeps between calls; the next call takes it again."""
+    for program in list(_programs.values()):
+        program.release()
 
 
 _operators: Any = cast(Any, torch.library).Library("octify", "FRAGMENT")
