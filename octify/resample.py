@@ -115,7 +115,8 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, low: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _plus_raised(x, low, 1.0)
+        # No view of its own sum, else an activation in place would be refused.
+        return torch.ops.aten._unsafe_view.default(_plus_raised(x, low, 1.0), x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
