@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from octify.oracles import ReplicatePadding
 
 Forward = Callable[[nn.Module], Any]
-NUDGE = 1e-12
+NUDGE = 1e-9
 
 
 def brief(error: BaseException) -> str:
@@ -104,9 +104,17 @@ def flat_error(model: nn.Module, converted: nn.Module, flat: Sequence[Any]) -> f
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, flat: Any) -> float:
-    """How far a model's output moves, as `flat_error` has it, when its constant images all do by `NUDGE`."""
+    """How far a model's output moves, as `flat_error` has it, when its constant images do by up to `NUDGE`.
+
+    By another amount at each pixel, as rounding does: norms that divide by the spread of a map feel that most.
+    """
+    dice = torch.Generator().manual_seed(0)
+
+    def nudged(x: Any) -> Any:
+        return x * (1 + NUDGE * torch.rand(x.shape, generator=dice, dtype=x.dtype))
+
     with ReplicatePadding():
-        before, after = (tensors(run(model, image)) for image in (flat, map_tensors(flat, lambda x: x * (1 + NUDGE))))
+        before, after = (tensors(run(model, image)) for image in (flat, map_tensors(flat, nudged)))
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(before, after, strict=True) if a.numel())
 
 
