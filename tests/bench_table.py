@@ -1,8 +1,8 @@
-"""`make bench`: the README's table of latencies, measured on this machine.
+"""`make bench`: the README's tables of latencies, measured on this machine.
 
-The table stands between `<!-- bench:begin -->` and `<!-- bench:end -->`; without those lines it goes into
-tests/bench/table.md. `--quick` takes fewer pairs. Training is measured at a batch of 16; a second table holds
-what `--only-faster` makes of a dozen networks, measured once more when it has chosen.
+The first compares backends and networks, the second holds what `--only-faster` makes of a dozen networks, measured
+once more when it has chosen. They stand between `<!-- bench:begin -->` and `<!-- bench:end -->`, and the same with
+"faster". `--part` measures one of them; `--quick` takes fewer pairs, and ResNet-50 alone without compiling.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from octify.conversion import Conversion
 from octify.recipe import Recipe, load_recipe
 from octify.zoo import build_model
 
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = Path(__file__).parents[1] / "README.md"
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 NETS = ("torchvision:resnet50", "torchvision:resnext50_32x4d", "torchvision:densenet121", "timm:mobilenetv1_100",
         "torchvision:mobilenet_v2")  # fmt: skip
@@ -75,26 +74,16 @@ def row(name: str, alpha: float, batch: int, threads: int, found: Comparison) ->
     return "| " + " | ".join(cells) + " |"
 
 
-def write(table: str) -> Path:
-    """Puts the table into its place."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if BEGIN in text and END in text:
-        head, _, rest = text.partition(BEGIN)
-        readme.write_text(f"{head}{BEGIN}\n{table}{END}{rest.partition(END)[2]}", encoding="utf-8")
-        return readme
-    place = ROOT / "tests" / "bench" / "table.md"
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(table, encoding="utf-8")
-    return place
+def write(part: str, lines: list[str]) -> None:
+    """Puts a table into its place."""
+    begin, end = f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+    head, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    table = "\n".join(lines)
+    README.write_text(f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
-def main() -> None:
-    """Measures and writes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, ResNet-50 alone, without compiling")
-    quick = parser.parse_args().quick
-    rounds = 12 if quick else 40
+def compare_all(rounds: int, quick: bool) -> list[str]:
+    """The table of backends and networks."""
     backends = tuple(name for name in BACKENDS if not quick or name != "compile")
     rows = [line for alpha in (0.5, 0.25) for line in measure(NETS[0], alpha, backends, 1, 1, rounds)]
     if not quick:
@@ -102,13 +91,31 @@ def main() -> None:
             rows += measure(name, 0.5, ("compile",), 1, 1, rounds)
         rows += measure(NETS[0], 0.5, ("compile",), 16, 2, 8)
         rows += measure(NETS[0], 0.5, ("eager",), 16, 1, 6, train=True)
+    return [f"Measured by `make bench` on {_machine()}, float32, 224×224.", "", HEAD, "|" + " --- |" * 9, *rows]
+
+
+def choose_all(rounds: int) -> list[str]:
+    """The table of `--only-faster`."""
+    start = f"`octify bench MODEL --alpha 0.5 --only-faster --threads 1` on {_machine()}, eager, one image:"
+    return [start, "", CHOSEN, "|" + " --- |" * 6, *(choose(name, rounds) for name in CHOOSING)]
+
+
+def _machine() -> str:
     machine = machine_of(torch.device("cpu"), 1)
-    where = f"{machine['processor']}, torch {machine['torch']}"
-    lines = [f"Measured by `make bench` on {where}, float32, 224×224.", "", HEAD, "|" + " --- |" * 9, *rows]
-    if not quick:
-        lines += ["", "`octify bench MODEL --alpha 0.5 --only-faster`, eager, one thread, one image:", "", CHOSEN]
-        lines += ["|" + " --- |" * 6, *(choose(name, rounds) for name in CHOOSING)]
-    print("written to", write("\n".join(lines) + "\n"))
+    return f"{machine['processor']}, torch {machine['torch']}"
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part", choices=["bench", "faster"])
+    given = parser.parse_args()
+    rounds = 12 if given.quick else 40
+    if given.part != "faster":
+        write("bench", compare_all(rounds, given.quick))
+    if given.part != "bench" and not given.quick:
+        write("faster", choose_all(rounds))
 
 
 if __name__ == "__main__":
