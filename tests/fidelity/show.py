@@ -86,6 +86,22 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def fewer(results: Iterable[Result], samples: int) -> list[str]:
+    """A sentence for each other number of images: what the same points keep with those, against `samples`."""
+    found: dict[int, list[tuple[Result, Result]]] = defaultdict(list)
+    known = {row.key: row for row in results}
+    for row in known.values():
+        full = known.get((row.net, row.seed, samples, row.step, row.asked))
+        if full and row.samples != samples:
+            found[row.samples].append((row, full))
+    return [
+        f"With {count} images instead, the same {len(pairs)} points (alphas chosen) keep {np.mean(lost):.3f} less on "
+        f"average, at worst {max(lost):.3f}."
+        for count, pairs in sorted(found.items())
+        for lost in [[full.retained - few.retained for few, full in pairs]]
+    ]
+
+
 def plot(results: Sequence[Result], file: Path = PLOT) -> None:
     """Retained accuracy against cost, a panel per net, a line per step: the seeds' mean, a band for their range."""
     from matplotlib.figure import Figure
