@@ -57,8 +57,8 @@ def converted(source: nn.Module, recipe: Recipe | None = None) -> nn.Module:
 def choose(name: str, rounds: int) -> str:
     """What `--only-faster` keeps of a network at alpha 0.5, and how fast that is."""
     source = build_model(name)
-    found = only_faster(source, recipe_of(name, 0.5), None, Settings(threads=1), 5, print)
-    kept = sum(bundle.octave for bundle in found.bundles) if found.octave_ms < found.dense_ms else 0
+    found = only_faster(source, recipe_of(name, 0.5), None, Settings(threads=1), 8, print)
+    kept = sum(bundle.octave for bundle in found.bundles)
     [again] = bench(converted(source), converted(source, found.recipe), threads=1, rounds=rounds)
     ratio = f"{again.ratio:.3f} ({again.ratio_quartiles[0]:.3f}–{again.ratio_quartiles[1]:.3f})"
     cells = [name.partition(":")[2], f"{kept} of {len(found.bundles)}", f"{again.dense.median:.1f}"]
