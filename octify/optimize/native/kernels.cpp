@@ -6,7 +6,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, MOST = 12;  // floats in a vector; pixels in a tile, as many as registers hold
@@ -15,7 +20,8 @@ constexpr int LANES = 8, MOST = 6;
 #else
 constexpr int LANES = 4, MOST = 6;
 #endif
-constexpr int WIDE = 2 * LANES;         // output channels in a tile
+constexpr int WIDE = 2 * LANES;         // output channels in a panel of weights
+constexpr int NARROW = 12;              // pixels in a tile of one vector, as where a last panel has no more channels
 constexpr int64_t CACHE = 256 << 10;    // bytes of input that a block of pixels may take
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
@@ -32,7 +38,7 @@ struct Map {
 
 struct Conv {
   int64_t map;           // what it reads
-  const float* weight;   // SUM: [panel][tap][channel][WIDE]; DEPTHWISE: [tap][channel]
+  const float* weight;   // SUM: [panel][tap][channel][WIDE], a narrow last panel [LANES]; DEPTHWISE: [tap][channel]
   const int64_t* first;  // the first channel that each panel reads
   int64_t span;          // how many channels a panel reads
   int64_t kernel[2], stride[2], before[2], dilation[2];
@@ -102,25 +108,50 @@ struct Tile {
   int64_t channels, act;
 };
 
-// Vectors of the panel's channels at one place; what lies beyond the last channel is neither read nor written.
+// The first `valid` numbers of a vector, fewer than it holds; what lies beyond them is neither read nor written.
+#if defined(__AVX512F__)
+static inline vec load_some(const float* p, int64_t valid) {
+  return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << valid) - 1), p);
+}
+static inline void store_some(float* p, vec v, int64_t valid) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << valid) - 1), (__m512)v);
+}
+#elif defined(__AVX__)
+static inline __m256i first(int64_t valid) {
+  const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7}, end = (ivec){} + (int32_t)valid;
+  return (__m256i)(lanes < end);
+}
+static inline vec load_some(const float* p, int64_t valid) { return (vec)_mm256_maskload_ps(p, first(valid)); }
+static inline void store_some(float* p, vec v, int64_t valid) { _mm256_maskstore_ps(p, first(valid), (__m256)v); }
+#else
 static inline vec load_some(const float* p, int64_t valid) {
   float all_lanes[LANES] = {};
-  for (int64_t i = 0; i < std::min<int64_t>(valid, LANES); ++i) all_lanes[i] = p[i];
+  std::copy_n(p, valid, all_lanes);
   return load(all_lanes);
 }
-
 static inline void store_some(float* p, vec v, int64_t valid) {
   float all_lanes[LANES];
   store(all_lanes, v);
-  for (int64_t i = 0; i < std::min<int64_t>(valid, LANES); ++i) p[i] = all_lanes[i];
+  std::copy_n(all_lanes, valid, p);
+}
+#endif
+
+// Calls visit(channel, load, store) for the vectors that some channels make up, the last one perhaps not whole.
+template <class Visit>
+static inline void each_vector(int64_t channels, Visit visit) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) visit(c, load, store);
+  if (const int64_t rest = channels - c)
+    visit(c, [=](const float* p) { return load_some(p, rest); }, [=](float* p, vec v) { store_some(p, v, rest); });
 }
 
-template <int PIXELS>
+template <int PIXELS, int VECTORS>
 __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, int64_t channel) {
-  vec sum[PIXELS][2];
-  const vec bias[2] = {load(tile.bias + channel), load(tile.bias + channel + LANES)};
+  vec sum[PIXELS][VECTORS];
 #pragma GCC unroll 16
-  for (int m = 0; m < PIXELS; ++m) sum[m][0] = bias[0], sum[m][1] = bias[1];
+  for (int m = 0; m < PIXELS; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; ++i) sum[m][i] = load(tile.bias + channel + i * LANES);
   for (int64_t s = 0; s < tile.count; ++s) {
     const Source& source = tile.sources[s];
     const float* weight = source.weight;
@@ -130,15 +161,16 @@ __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, 
       const float* x[PIXELS];
 #pragma GCC unroll 16
       for (int m = 0; m < PIXELS; ++m) x[m] = rows[m] + source.first;
-      for (int64_t c = 0; c < source.span; ++c, weight += WIDE) {
-        const vec left = *(const vec*)weight, right = *(const vec*)(weight + LANES);
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += source.share;
+      for (int64_t c = 0; c < source.span; ++c, weight += VECTORS * LANES) {
+        vec row[VECTORS];
+#pragma GCC unroll 2
+        for (int i = 0; i < VECTORS; ++i) row[i] = *(const vec*)(weight + i * LANES);
+        if (VECTORS > 1) __builtin_prefetch(ahead, 0, 2), ahead += source.share;  // loads are what a narrow tile lacks
 #pragma GCC unroll 16
         for (int m = 0; m < PIXELS; ++m) {
           const vec value = all(x[m][c]);
-          sum[m][0] += value * left;
-          sum[m][1] += value * right;
+#pragma GCC unroll 2
+          for (int i = 0; i < VECTORS; ++i) sum[m][i] += value * row[i];
         }
       }
     }
@@ -149,9 +181,9 @@ __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, 
     const int64_t place = (pixel + m) * tile.channels + channel;
     const int64_t low = tile.up ? tile.low[pixel + m] * tile.channels + channel : 0;
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = half * LANES, left = valid - at;
-      vec v = sum[m][half];
+    for (int i = 0; i < VECTORS; ++i) {
+      const int64_t at = i * LANES, left = valid - at;
+      vec v = sum[m][i];
       if (left >= LANES) {
         for (int64_t p = 0; p < tile.plains; ++p) v += load(tile.plain[p] + place + at);
         if (tile.up) v += load(tile.up + low + at);
@@ -166,15 +198,14 @@ __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, 
 }
 
 typedef void (*Run)(const Tile&, int64_t, int64_t);
-template <int... PIXELS>
-struct Runs {
-  Run of[sizeof...(PIXELS)] = {run_tile<PIXELS>...};
+template <int VECTORS, class Numbers>
+struct Runs;
+template <int VECTORS, int... NUMBER>
+struct Runs<VECTORS, std::integer_sequence<int, NUMBER...>> {
+  Run of[sizeof...(NUMBER)] = {run_tile<NUMBER + 1, VECTORS>...};
 };
-#if defined(__AVX512F__)
-static const Runs<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> RUNS;
-#else
-static const Runs<1, 2, 3, 4, 5, 6> RUNS;
-#endif
+static const Runs<1, std::make_integer_sequence<int, NARROW>> NARROWS;
+static const Runs<2, std::make_integer_sequence<int, MOST>> WIDES;
 
 // The average of 2×2 positions of the rows 2·from … 2·to - 1 of an image; at an odd border of fewer.
 static void pool_rows(const Map& x, const Map& out, int64_t image, int64_t from, int64_t to) {
@@ -184,15 +215,11 @@ static void pool_rows(const Map& x, const Map& out, int64_t image, int64_t from,
     float* to_row = out.data + (image * out.h + i) * out.w * x.c;
     for (int64_t j = 0; j < out.w; ++j) {
       const int64_t left = 2 * j * x.c, right = std::min(2 * j + 1, x.w - 1) * x.c;
-      int64_t c = 0;
-      for (; c + LANES <= x.c; c += LANES) {
+      each_vector(x.c, [&](int64_t c, auto load, auto store) {
         const vec sum = load(rows[0] + left + c) + load(rows[0] + right + c) + load(rows[1] + left + c) +
                         load(rows[1] + right + c);
         store(to_row + j * x.c + c, sum * all(0.25f));
-      }
-      for (; c < x.c; ++c)
-        to_row[j * x.c + c] =
-            (rows[0][left + c] + rows[0][right + c] + rows[1][left + c] + rows[1][right + c]) * 0.25f;
+      });
     }
   }
 }
@@ -301,8 +328,10 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
       });
       tile.up = up.data, tile.low = low.data();
     }
-    const int64_t tiles = (count + MOST - 1) / MOST;
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
+      const bool narrow = out.c - panel * WIDE <= LANES;
+      const int64_t most = narrow ? NARROW : MOST, tiles = (count + most - 1) / most;
+      const Run* runs = narrow ? NARROWS.of : WIDES.of;
       for (int64_t i = 0; i < step.convs; ++i) {
         const Conv& conv = convs[i];
         sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * WIDE;
@@ -317,7 +346,7 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
           const float* next = last_of_all ? following : sources[j].weight + size * WIDE;
           sources[j].ahead = (const char*)next + i * size * sources[j].share;
         }
-        RUNS.of[last - first - 1](tile, first, panel * WIDE);
+        runs[last - first - 1](tile, first, panel * WIDE);
       }
     }
     if (step.pooled >= 0 && parts == 1) {
@@ -335,7 +364,7 @@ static void run_depthwise(const Step& step, const Map* maps, const float* zeros,
   const Map& out = maps[step.out];
   const Conv& conv = step.conv[0];
   const Map& x = maps[conv.map];
-  const int64_t taps = conv.kernel[0] * conv.kernel[1], c_end = out.c / LANES * LANES;
+  const int64_t taps = conv.kernel[0] * conv.kernel[1];
 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < out.n * out.h; ++row) {
@@ -345,7 +374,7 @@ static void run_depthwise(const Step& step, const Map* maps, const float* zeros,
       if (count < ALONG) std::fill(found.begin(), found.end(), zeros);  // what lies beyond the row is dropped
       find_rows(conv, x, out, from, count, ALONG, zeros, found.data());
       float* to = out.data + from * out.c;
-      for (int64_t c = 0; c < c_end; c += LANES) {
+      each_vector(out.c, [&](int64_t c, auto load, auto store) {
         vec sum[ALONG];
         for (int64_t i = 0; i < ALONG; ++i) sum[i] = load(step.bias + c);
         for (int64_t tap = 0; tap < taps; ++tap) {
@@ -353,13 +382,7 @@ static void run_depthwise(const Step& step, const Map* maps, const float* zeros,
           for (int64_t i = 0; i < ALONG; ++i) sum[i] += load(found[tap * ALONG + i] + c) * weight;
         }
         for (int64_t i = 0; i < count; ++i) store(to + i * out.c + c, activate(sum[i], step.act));
-      }
-      for (int64_t c = c_end; c < out.c; ++c)
-        for (int64_t i = 0; i < count; ++i) {
-          float sum = step.bias[c];
-          for (int64_t tap = 0; tap < taps; ++tap) sum += found[tap * ALONG + i][c] * conv.weight[tap * out.c + c];
-          to[i * out.c + c] = activate(all(sum), step.act)[0];
-        }
+      });
     }
   }
   if (step.pooled >= 0)
@@ -372,10 +395,9 @@ static void run_affine(const Step& step, const Map* maps, int threads) {
   for (int64_t pixel = 0; pixel < out.n * out.h * out.w; ++pixel) {
     const float* from = x.data + pixel * x.c;
     float* to = out.data + pixel * out.c + step.offset;
-    int64_t c = 0;
-    for (; c + LANES <= x.c; c += LANES)
+    each_vector(x.c, [&](int64_t c, auto load, auto store) {
       store(to + c, activate(load(from + c) * load(step.scale + c) + load(step.bias + c), step.act));
-    for (; c < x.c; ++c) to[c] = activate(all(from[c] * step.scale[c] + step.bias[c]), step.act)[0];
+    });
   }
   if (step.pooled >= 0)
     for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
@@ -403,17 +425,11 @@ static void run_greatest(const Step& step, const Map* maps, const float* zeros, 
       for (int64_t tap = 0; tap < taps; ++tap)
         if (found[tap * out.w + ow] != zeros) found[inside++ * out.w + ow] = found[tap * out.w + ow];
       float* to = out.data + (row * out.w + ow) * out.c;
-      int64_t c = 0;
-      for (; c + LANES <= out.c; c += LANES) {
+      each_vector(out.c, [&](int64_t c, auto load, auto store) {
         vec v = load(found[ow] + c);
         for (int64_t tap = 1; tap < inside; ++tap) v = most(v, load(found[tap * out.w + ow] + c));
         store(to + c, activate(v, step.act));
-      }
-      for (; c < out.c; ++c) {
-        float v = found[ow][c];
-        for (int64_t tap = 1; tap < inside; ++tap) v = v < found[tap * out.w + ow][c] ? found[tap * out.w + ow][c] : v;
-        to[c] = activate(all(v), step.act)[0];
-      }
+      });
     }
   }
   if (step.pooled >= 0)

@@ -144,7 +144,11 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
             row.weight = place(conv.weight.flatten(1).t().contiguous())
             continue
         weight, first = pack_weight(conv.weight, conv.groups, wide)
-        row.weight, row.first, row.span = place(aligned(weight)), place(first), weight.shape[2]
+        row.weight, row.first, row.span = (
+            place(aligned(narrowed(weight, len(conv.weight)))),
+            place(first),
+            weight.shape[2],
+        )
     return made, kept
 
 
@@ -174,6 +178,14 @@ def waste(channels: tuple[int, int], groups: int, wide: int) -> float:
     """How many products a grouped convolution makes for one that it needs."""
     panels, span = spans(channels, groups, wide)
     return len(panels) * wide * span * groups / (channels[0] * channels[1])
+
+
+def narrowed(packed: Tensor, outputs: int) -> Tensor:
+    """The panels one behind the other; the last one half as wide if its outputs fit into that."""
+    half = packed.shape[-1] // 2
+    if len(packed) * 2 * half - outputs < half:
+        return packed.flatten()
+    return torch.cat([packed[:-1].flatten(), packed[-1, ..., :half].flatten()])
 
 
 def pack_weight(weight: Tensor, groups: int, wide: int) -> tuple[Tensor, Tensor]:
