@@ -224,6 +224,19 @@ static void pool_rows(const Map& x, const Map& out, int64_t image, int64_t from,
   }
 }
 
+// Calls visit(row) for the rows of all images; where the result is pooled, that follows each pair of them.
+template <class Visit>
+static inline void each_row_pooled(const Step& step, const Map* maps, int threads, Visit visit) {
+  const Map& out = maps[step.out];
+  const int64_t together = step.pooled >= 0 ? 2 : 1, pairs = (out.h + together - 1) / together;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < out.n * pairs; ++task) {
+    const int64_t n = task / pairs, top = task % pairs * together;
+    for (int64_t h = top; h < std::min(top + together, out.h); ++h) visit(n * out.h + h);
+    if (step.pooled >= 0) pool_rows(out, maps[step.pooled], n, top / 2, top / 2 + 1);
+  }
+}
+
 // Calls visit(first pixel, image, row, first column, columns) for the parts of rows that some pixels make up.
 template <class Visit>
 static inline void each_row(const Map& out, int64_t from, int64_t count, Visit visit) {
@@ -366,9 +379,9 @@ static void run_depthwise(const Step& step, const Map* maps, const float* zeros,
   const Map& x = maps[conv.map];
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
 
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < out.n * out.h; ++row) {
-    std::vector<const float*> found(taps * ALONG, zeros);
+  each_row_pooled(step, maps, threads, [&](int64_t row) {
+    static thread_local std::vector<const float*> found;
+    found.assign(taps * ALONG, zeros);
     for (int64_t ow = 0; ow < out.w; ow += ALONG) {
       const int64_t count = std::min(ALONG, out.w - ow), from = row * out.w + ow;
       if (count < ALONG) std::fill(found.begin(), found.end(), zeros);  // what lies beyond the row is dropped
@@ -384,23 +397,20 @@ static void run_depthwise(const Step& step, const Map* maps, const float* zeros,
         for (int64_t i = 0; i < count; ++i) store(to + i * out.c + c, activate(sum[i], step.act));
       });
     }
-  }
-  if (step.pooled >= 0)
-    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+  });
 }
 
 static void run_affine(const Step& step, const Map* maps, int threads) {
   const Map &x = maps[step.conv[0].map], &out = maps[step.out];
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t pixel = 0; pixel < out.n * out.h * out.w; ++pixel) {
-    const float* from = x.data + pixel * x.c;
-    float* to = out.data + pixel * out.c + step.offset;
-    each_vector(x.c, [&](int64_t c, auto load, auto store) {
-      store(to + c, activate(load(from + c) * load(step.scale + c) + load(step.bias + c), step.act));
-    });
-  }
-  if (step.pooled >= 0)
-    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+  each_row_pooled(step, maps, threads, [&](int64_t row) {
+    for (int64_t pixel = row * out.w; pixel < (row + 1) * out.w; ++pixel) {
+      const float* from = x.data + pixel * x.c;
+      float* to = out.data + pixel * out.c + step.offset;
+      each_vector(x.c, [&](int64_t c, auto load, auto store) {
+        store(to + c, activate(load(from + c) * load(step.scale + c) + load(step.bias + c), step.act));
+      });
+    }
+  });
 }
 
 static void run_copy(const Step& step, const Map* maps, int threads) {
@@ -416,9 +426,9 @@ static void run_greatest(const Step& step, const Map* maps, const float* zeros, 
   const Conv& conv = step.conv[0];
   const Map& x = maps[conv.map];
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < out.n * out.h; ++row) {
-    std::vector<const float*> found(taps * out.w);
+  each_row_pooled(step, maps, threads, [&](int64_t row) {
+    static thread_local std::vector<const float*> found;
+    found.resize(taps * out.w);
     find_rows(conv, x, out, row * out.w, out.w, out.w, zeros, found.data());
     for (int64_t ow = 0; ow < out.w; ++ow) {
       int64_t inside = 0;
@@ -431,9 +441,7 @@ static void run_greatest(const Step& step, const Map* maps, const float* zeros, 
         store(to + c, activate(v, step.act));
       });
     }
-  }
-  if (step.pooled >= 0)
-    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+  });
 }
 
 static void run_pool(const Step& step, const Map* maps, int threads) {
