@@ -117,6 +117,18 @@ def test_max_pooling_norms_and_concatenation(kernel: int, stride: int, dilation:
         assert close(module(x), net(x))
 
 
+@pytest.mark.parametrize(
+    "groups,take,give", [(32, 4, 4), (3, 5, 10), (8, 2, 2), (2, 9, 21), (16, 8, 8), (1, 7, 48), (1, 9, 40)]
+)
+def test_panels_of_half_the_width(groups: int, take: int, give: int) -> None:
+    """For small groups, whose panels would read what they do not need, and for the last channels of any layer."""
+    net = nn.Sequential(nn.Conv2d(groups * take, groups * give, 3, padding=1, groups=groups), nn.ReLU())
+    x = torch.randn(2, groups * take, 13, 9)
+    with torch.no_grad():
+        module, programs = lowered(net, x)
+        assert len(programs) == 1 and close(module(x), net(x))
+
+
 @pytest.mark.parametrize("first", [nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.BatchNorm2d(6)])
 def test_a_map_pooled_again_and_again(first: nn.Module) -> None:
     class Pools(nn.Module):

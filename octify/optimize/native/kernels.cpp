@@ -38,7 +38,7 @@ struct Map {
 
 struct Conv {
   int64_t map;           // what it reads
-  const float* weight;   // SUM: [panel][tap][channel][WIDE], a narrow last panel [LANES]; DEPTHWISE: [tap][channel]
+  const float* weight;   // SUM: [panel][tap][channel][wide], a narrow last panel [LANES]; DEPTHWISE: [tap][channel]
   const int64_t* first;  // the first channel that each panel reads
   int64_t span;          // how many channels a panel reads
   int64_t kernel[2], stride[2], before[2], dilation[2];
@@ -46,6 +46,7 @@ struct Conv {
 
 struct Step {
   int64_t kind, out, pooled, act, convs, plains, up;  // pooled and up: a map or -1
+  int64_t wide;        // SUM: output channels in a panel, WIDE or LANES
   int64_t plain[4];
   int64_t offset;      // COPY, AFFINE: where its channels begin in the output
   const float* scale;  // AFFINE
@@ -295,7 +296,7 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
     convs[i] = step.conv[i], inputs[i] = maps[convs[i].map];
     join_columns(convs[i], inputs[i], out, rooms[i]);
   }
-  const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + WIDE - 1) / WIDE;
+  const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
   int64_t bytes = 4 * out.c, rows = 0;
   for (int64_t i = 0; i < step.convs; ++i) {
     const Conv& conv = convs[i];
@@ -342,12 +343,12 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
       tile.up = up.data, tile.low = low.data();
     }
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-      const bool narrow = out.c - panel * WIDE <= LANES;
+      const bool narrow = step.wide == LANES || out.c - panel * WIDE <= LANES;
       const int64_t most = narrow ? NARROW : MOST, tiles = (count + most - 1) / most;
       const Run* runs = narrow ? NARROWS.of : WIDES.of;
       for (int64_t i = 0; i < step.convs; ++i) {
         const Conv& conv = convs[i];
-        sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * WIDE;
+        sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * step.wide;
         sources[i].first = conv.first[panel];
       }
       for (int64_t i = 0; i < tiles; ++i) {
@@ -359,7 +360,7 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
           const float* next = last_of_all ? following : sources[j].weight + size * WIDE;
           sources[j].ahead = (const char*)next + i * size * sources[j].share;
         }
-        runs[last - first - 1](tile, first, panel * WIDE);
+        runs[last - first - 1](tile, first, panel * step.wide);
       }
     }
     if (step.pooled >= 0 && parts == 1) {

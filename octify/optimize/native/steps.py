@@ -6,9 +6,11 @@ Values are numbered maps (N, C, H, W), channels last in memory.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -101,7 +103,7 @@ class CStep(ctypes.Structure):
     """`Step`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "act", "convs", "plains", "up")),
+        *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "act", "convs", "plains", "up", "wide")),
         ("plain", ctypes.c_int64 * AT_ONCE),
         ("offset", ctypes.c_int64),
         ("scale", ctypes.c_void_p),
@@ -118,6 +120,7 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         kept.append(tensor)
         return tensor.data_ptr()
 
+    panel = panel_of(step, wide)
     made = CStep(
         kind=step.kind,
         out=step.out,
@@ -126,6 +129,7 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         convs=len(step.convs),
         plains=len(step.plains),
         up=-1 if step.up is None else step.up,
+        wide=panel,
         plain=(ctypes.c_int64 * AT_ONCE)(*step.plains),
         offset=step.offset,
         scale=None if step.scale is None else place(padded(step.scale, wide)),
@@ -143,13 +147,25 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         if step.kind == Kind.DEPTHWISE:
             row.weight = place(conv.weight.flatten(1).t().contiguous())
             continue
-        weight, first = pack_weight(conv.weight, conv.groups, wide)
-        row.weight, row.first, row.span = (
-            place(aligned(narrowed(weight, len(conv.weight)))),
-            place(first),
-            weight.shape[2],
-        )
+        packed, first = pack_weight(conv.weight, conv.groups, panel)
+        flat = narrowed(packed, len(conv.weight)) if panel == wide else packed
+        row.weight, row.first, row.span = place(aligned(flat)), place(first), packed.shape[2]
     return made, kept
+
+
+def panel_of(step: Step, wide: int) -> int:
+    """How many outputs a panel of a step has: half as many where that saves products, as with small groups."""
+    convs = [conv for conv in step.convs if conv.weight is not None]
+    narrow, full = (sum(_products(conv, each) for conv in convs) for each in (wide // 2, wide))
+    return wide // 2 if narrow < 0.75 * full else wide
+
+
+def _products(conv: Conv, wide: int) -> int:
+    """For each output pixel."""
+    outputs, take, *kernel = cast(Tensor, conv.weight).shape
+    starts, span = spans((take * conv.groups, outputs), conv.groups, wide)
+    narrow = wide // 2 if 0 < outputs % wide <= wide // 2 else 0  # the last panel's other half is not computed
+    return math.prod(kernel) * span * (len(starts) * wide - narrow)
 
 
 def padded(row: Tensor, wide: int) -> Tensor:
