@@ -36,6 +36,12 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs around a module's forward: pruning, weight norm of the older kind, a user's own."""
+    held = cast(Any, module)
+    return bool(held._forward_hooks or held._forward_pre_hooks)
+
+
 def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:
     """Copies the module objects and puts `replace(tensor)` in each tensor's place; costs no tensor memory by itself.
 

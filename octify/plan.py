@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from octify.errors import ConversionError
-from octify.graph import nodes_in, tensors_of, value_of
+from octify.graph import has_hooks, nodes_in, tensors_of, value_of
 from octify.layout import Layout
 from octify.operators import Operator, check_operators, find_operator, transfer_notes
 from octify.recipe import Recipe, Settings
@@ -211,7 +211,7 @@ class Flows:
         try:
             if settings.keep and rule is not None:
                 raise Dense("kept dense by the recipe")
-            if module is not None and _has_hooks(module):
+            if module is not None and has_hooks(module):
                 raise Dense("it has hooks, which expect the source's maps and weights")
             if module is not None and str(node.target) in self.lent:
                 raise Dense("its weights are read elsewhere too")
@@ -320,12 +320,6 @@ class Flows:
 
 def _has_weights(module: Any) -> bool:
     return any(True for _ in tensors_of(module))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether something runs around a module's forward: pruning, weight norm of the older kind, a user's own."""
-    held = cast(Any, module)
-    return bool(held._forward_hooks or held._forward_pre_hooks)
 
 
 def _size(node: fx.Node) -> int:

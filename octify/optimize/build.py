@@ -62,8 +62,7 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
         BackendError: there is no such backend.
     """
     if backend not in BACKENDS:
-        given = f'"{backend}"' if isinstance(backend, str) else f"a {type(backend).__name__}"  # pyright: ignore
-        raise BackendError(f"backend is {given}: expected one of {', '.join(BACKENDS)}")
+        raise BackendError(f'backend is "{str(backend)[:40]}": expected one of {", ".join(BACKENDS)}')
     example = example_of(model, example_inputs)
     module = flatten(model, example)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
