@@ -30,12 +30,9 @@ class Pending:
     sources: tuple[tuple[int, int], ...] = ()  # of a norm: what it reads, one behind the other, with their channels
 
     @property
-    def depthwise(self) -> bool:
-        """One input channel for each output channel."""
-        if self.conv is None or self.conv.weight is None:
-            return False
-        outputs, inputs = self.conv.weight.shape[:2]
-        return inputs == 1 and self.conv.groups == outputs > 1
+    def small_group(self) -> int:
+        """Of its convolution."""
+        return 0 if self.conv is None else self.conv.small_group
 
 
 class Builder:
@@ -168,15 +165,20 @@ class Builder:
         self.values[node] = self._sum(highs, node, act, up)
 
     def _is_free(self, term: fx.Node, node: fx.Node) -> bool:
-        """Whether a term is a full convolution that this sum alone reads, once."""
+        """Whether a term is a convolution that this sum alone reads, once."""
         pending = self.pending.get(term)
-        return pending is not None and pending.conv is not None and not pending.depthwise and list(term.users) == [node]
+        return pending is not None and pending.conv is not None and list(term.users) == [node]
+
+    def _small_group(self, term: fx.Node) -> int:
+        pending = self.pending.get(term)
+        return 0 if pending is None else pending.small_group
 
     def _sum(self, terms: list[fx.Node], node: fx.Node, act: str, up: int | None) -> int:
         taken: list[Pending] = []
         plains: list[int] = []
         for term in terms:
-            if self._is_free(term, node) and len(taken) < AT_ONCE:
+            alike = not taken or self._small_group(term) == taken[0].small_group
+            if self._is_free(term, node) and alike and len(taken) < AT_ONCE:
                 taken.append(self.pending.pop(term))
             else:
                 plains.append(self.value(term))
@@ -187,7 +189,7 @@ class Builder:
         # The whole sum has the size that its uncropped terms have.
         size = Like(plains[0]) if plains else min(taken, key=lambda found: isinstance(found.size, Cropped)).size
         convs = [cast(Conv, pending.conv) for pending in taken]
-        step = Step(Kind.SUM, self._new(), size, convs, plains, up=up, act=act)
+        step = Step(_kind_of(taken), self._new(), size, convs, plains, up=up, act=act)
         step.bias = _sum_of([pending.bias for pending in taken], channels)
         return self._emit(step)
 
@@ -201,10 +203,13 @@ class Builder:
         if pending.conv is None:
             self.values[node] = self._side_by_side(pending.sources, Kind.AFFINE, pending, act)
             return
-        kind = Kind.DEPTHWISE if pending.depthwise else Kind.SUM
-        step = Step(kind, self._new(), pending.size, [pending.conv], act=act)
+        step = Step(_kind_of([pending]), self._new(), pending.size, [pending.conv], act=act)
         step.bias = _sum_of([pending.bias], _channels(node))
         self.values[node] = self._emit(step)
+
+
+def _kind_of(convs: Sequence[Pending]) -> Kind:
+    return Kind.GROUPED if convs and convs[0].small_group else Kind.SUM
 
 
 def _sum_of(biases: list[Tensor | None], channels: int) -> Tensor:

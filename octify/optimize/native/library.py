@@ -12,6 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # What not every compiler knows; the first set that it takes is used.
@@ -66,7 +67,7 @@ def _key(compiler: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    parts = (SOURCE.read_text(), compiler, platform.machine(), processor, *FLAGS)
+    parts = (*(path.read_text() for path in SOURCES), compiler, platform.machine(), processor, *FLAGS)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

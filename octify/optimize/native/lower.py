@@ -17,7 +17,7 @@ from octify.graph import get_module, set_module, shape_of, value_of
 from octify.optimize.forms import Enter, Leave, OutSize, join
 from octify.optimize.native.builder import Builder
 from octify.optimize.native.program import Program
-from octify.optimize.native.steps import waste
+from octify.optimize.native.steps import small_group, waste
 from octify.optimize.passes import act_of
 from octify.resample import average, pool_low
 
@@ -118,9 +118,9 @@ class _Natives:
             return False
         if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
             return False
-        if conv.groups == conv.in_channels == conv.out_channels:
+        if conv.groups == 1 or small_group(conv.weight.shape, conv.groups):
             return True
-        return waste((conv.in_channels, conv.out_channels), conv.groups, PANEL) <= WASTE or conv.groups == 1
+        return waste((conv.in_channels, conv.out_channels), conv.groups, PANEL) <= WASTE
 
 
 def _is_map(node: fx.Node) -> bool:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Shape = tuple[int, int, int, int]
 Sizes = dict[int, Shape]
 AT_ONCE = 4  # convolutions, and plain maps, that one step sums
+
+SMALL_GROUPS = (1, 2, 4)  # channels in the groups that a vector holds whole, and that pay
 
 ACTS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "sigmoid": 5, "tanh": 6}
 
@@ -26,7 +29,7 @@ class Kind(IntEnum):
     """As in `kernels.cpp`."""
 
     SUM = 0
-    DEPTHWISE = 1
+    GROUPED = 1
     POOL = 2
     AFFINE = 3
     COPY = 4
@@ -44,6 +47,11 @@ class Conv:
     dilation: tuple[int, int]
     groups: int = 1
     weight: Tensor | None = None
+
+    @property
+    def small_group(self) -> int:
+        """As the function says of its weight."""
+        return 0 if self.weight is None else small_group(self.weight.shape, self.groups)
 
 
 @dataclass
@@ -144,8 +152,8 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         row.before, row.dilation = pair(*conv.before), pair(*conv.dilation)
         if conv.weight is None:
             continue
-        if step.kind == Kind.DEPTHWISE:
-            row.weight = place(conv.weight.flatten(1).t().contiguous())
+        if step.kind == Kind.GROUPED:
+            row.weight, row.span = place(padded(conv.weight.permute(2, 3, 1, 0), wide)), conv.small_group
             continue
         packed, first = pack_weight(conv.weight, conv.groups, panel)
         flat = narrowed(packed, len(conv.weight)) if panel == wide else packed
@@ -168,9 +176,15 @@ def _products(conv: Conv, wide: int) -> int:
     return math.prod(kernel) * span * (len(starts) * wide - narrow)
 
 
-def padded(row: Tensor, wide: int) -> Tensor:
-    """A row of channels up to whole panels."""
-    return torch.cat([row.float(), row.new_zeros(-len(row) % wide).float()]).contiguous()
+def small_group(weight: Sequence[int], groups: int) -> int:
+    """How many channels each group of a convolution has, where vectors of channels hold groups whole; else 0."""
+    outputs, take = weight[:2]
+    return take if groups > 1 and take * groups == outputs and take in SMALL_GROUPS else 0
+
+
+def padded(rows: Tensor, wide: int) -> Tensor:
+    """Rows of channels up to whole panels."""
+    return F.pad(rows.detach().float(), (0, -rows.shape[-1] % wide)).contiguous()
 
 
 def aligned(tensor: Tensor, size: int = 64) -> Tensor:

@@ -1,0 +1,179 @@
+// Full convolutions, and those of large groups: sums of matrix products, panel by panel and tile by tile.
+
+#pragma once
+
+#include "maps.h"
+
+constexpr int NARROW = 12;            // pixels in a tile of one vector, as where a last panel has no more channels
+constexpr int64_t CACHE = 256 << 10;  // bytes of input that a block of pixels may take
+
+// What a tile of a sum step reads and writes: pixels from `pixel` on, one after the other.
+struct Source {
+  const float* const* rows;  // per tap, the input of every pixel of the block
+  const float* weight;
+  int64_t taps, span, first;
+  const char* ahead;  // the part of the next panel that this tile fetches, and how much of it for each channel
+  int64_t share;
+};
+
+struct Tile {
+  const Source* sources;
+  int64_t count, block;  // sources; pixels in the block
+  Out to;
+};
+
+template <int PIXELS, int VECTORS>
+__attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, int64_t channel) {
+  vec sum[PIXELS][VECTORS];
+#pragma GCC unroll 16
+  for (int m = 0; m < PIXELS; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < VECTORS; ++i) sum[m][i] = load(tile.to.bias + channel + i * LANES);
+  for (int64_t s = 0; s < tile.count; ++s) {
+    const Source& source = tile.sources[s];
+    const float* weight = source.weight;
+    const float* const* rows = source.rows + pixel;
+    const char* ahead = source.ahead;
+    for (int64_t tap = 0; tap < source.taps; ++tap, rows += tile.block) {
+      const float* x[PIXELS];
+#pragma GCC unroll 16
+      for (int m = 0; m < PIXELS; ++m) x[m] = rows[m] + source.first;
+      for (int64_t c = 0; c < source.span; ++c, weight += VECTORS * LANES) {
+        vec row[VECTORS];
+#pragma GCC unroll 2
+        for (int i = 0; i < VECTORS; ++i) row[i] = *(const vec*)(weight + i * LANES);
+        if (VECTORS > 1) __builtin_prefetch(ahead, 0, 2), ahead += source.share;  // loads are what a narrow tile lacks
+#pragma GCC unroll 16
+        for (int m = 0; m < PIXELS; ++m) {
+          const vec value = all(x[m][c]);
+#pragma GCC unroll 2
+          for (int i = 0; i < VECTORS; ++i) sum[m][i] += value * row[i];
+        }
+      }
+    }
+  }
+  finish(sum, tile.to, pixel, channel, PIXELS);
+}
+
+typedef void (*Run)(const Tile&, int64_t, int64_t);
+template <int VECTORS, class Numbers>
+struct Runs;
+template <int VECTORS, int... NUMBER>
+struct Runs<VECTORS, std::integer_sequence<int, NUMBER...>> {
+  Run of[sizeof...(NUMBER)] = {run_tile<NUMBER + 1, VECTORS>...};
+};
+static const Runs<1, std::make_integer_sequence<int, NARROW>> NARROWS;
+static const Runs<2, std::make_integer_sequence<int, MOST>> WIDES;
+
+// Per tap, where each of some output pixels (counted through all images) finds its input; zeros beyond the borders.
+static void find_rows(const Conv& conv, const Map& x, const Map& out, int64_t from, int64_t count, int64_t pitch,
+                      const float* zeros, const float** rows) {
+  const int64_t step = conv.stride[1] * x.c;
+  each_row(out, from, count, [&](int64_t i, int64_t n, int64_t oh, int64_t column, int64_t columns) {
+    const float** to = rows + i;
+    for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
+      const int64_t h = oh * conv.stride[0] + kh * conv.dilation[0] - conv.before[0];
+      const float* line = x.data + (n * x.h + h) * x.w * x.c;
+      const bool beyond = h < 0 || h >= x.h;
+      for (int64_t kw = 0; kw < conv.kernel[1]; ++kw, to += pitch) {
+        const int64_t shift = kw * conv.dilation[1] - conv.before[1];  // w = column · stride + shift
+        int64_t j = 0, w = column * conv.stride[1] + shift;
+        const int64_t last = beyond ? 0 : std::min(columns, (x.w - 1 - w + conv.stride[1]) / conv.stride[1]);
+        for (; j < last && w < 0; ++j, w += conv.stride[1]) to[j] = zeros;
+        const float* place = line + w * x.c;
+        for (; j < last; ++j, place += step) to[j] = place;
+        for (; j < columns; ++j) to[j] = zeros;
+      }
+    }
+  });
+}
+
+constexpr int64_t FEW = 4;  // channels of a map whose neighbours along a row are read as one run
+
+// A convolution of few channels (of an image) as one of a kernel one wide: along a row of a map with zeros at its ends,
+// what a kernel's row reads is one run of numbers, and so is its weight.
+static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>& room) {
+  if (x.c > FEW || conv.span != x.c || conv.kernel[1] == 1 || conv.dilation[1] != 1) return;
+  const int64_t reach = (out.w - 1) * conv.stride[1] + conv.kernel[1], left = conv.before[1];
+  const int64_t wide = std::max(reach, left + x.w);
+  room.assign(x.n * x.h * wide * x.c, 0.f);
+  for (int64_t row = 0; row < x.n * x.h; ++row)
+    std::copy_n(x.data + row * x.w * x.c, x.w * x.c, room.data() + (row * wide + left) * x.c);
+  conv.span *= conv.kernel[1], conv.kernel[1] = 1, conv.before[1] = 0;
+  x = {room.data(), x.n, x.h, wide, x.c};
+}
+
+static void run_sum(const Step& step, const float* following, const Map* maps, const float* zeros, int threads) {
+  const Map& out = maps[step.out];
+  static thread_local std::vector<float> rooms[4];
+  Conv convs[4];
+  Map inputs[4];
+  for (int64_t i = 0; i < step.convs; ++i) {
+    convs[i] = step.conv[i], inputs[i] = maps[convs[i].map];
+    join_columns(convs[i], inputs[i], out, rooms[i]);
+  }
+  const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
+  int64_t bytes = 4 * out.c, rows = 0;
+  for (int64_t i = 0; i < step.convs; ++i) {
+    const Conv& conv = convs[i];
+    bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1];
+    rows += conv.kernel[0] * conv.kernel[1];
+  }
+  const int64_t block = std::max<int64_t>(8 * MOST, std::min<int64_t>(CACHE / bytes, 84 * MOST));
+  // Blocks of pixels; where the result is pooled, of whole pairs of rows of one image.
+  std::vector<int64_t> starts;
+  const int64_t unit = step.pooled >= 0 ? 2 * out.w : 1, region = step.pooled >= 0 ? image : pixels;
+  for (int64_t base = 0; base < pixels; base += region) {
+    const int64_t units = (region + unit - 1) / unit, each = std::max<int64_t>(1, block / unit);
+    const int64_t count = (units + each - 1) / each;
+    for (int64_t i = 0; i < count; ++i) starts.push_back(base + units * i / count * unit);
+  }
+  const int64_t blocks = starts.size();
+  starts.push_back(pixels);
+  const int64_t parts = threads > 1 ? std::min(panels, (4 * threads + blocks - 1) / blocks) : 1;
+
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < blocks * parts; ++task) {
+    const int64_t which = task / parts, part = task % parts;
+    const int64_t from = starts[which], count = std::min(starts[which + 1], pixels) - from;
+    static thread_local std::vector<const float*> found;
+    static thread_local std::vector<int64_t> low;
+    found.resize(rows * count);
+    Source sources[4];
+    int64_t used = 0;
+    for (int64_t i = 0; i < step.convs; ++i) {
+      const Conv& conv = convs[i];
+      sources[i] = {found.data() + used, nullptr, conv.kernel[0] * conv.kernel[1], conv.span, 0, nullptr, 0};
+      find_rows(conv, inputs[i], out, from, count, count, zeros, found.data() + used);
+      used += sources[i].taps * count;
+    }
+    const Tile tile{sources, step.convs, count, out_of(step, maps, from, count, low)};
+    for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
+      const bool narrow = step.wide == LANES || out.c - panel * WIDE <= LANES;
+      const int64_t most = narrow ? NARROW : MOST, tiles = (count + most - 1) / most;
+      const Run* runs = narrow ? NARROWS.of : WIDES.of;
+      for (int64_t i = 0; i < step.convs; ++i) {
+        const Conv& conv = convs[i];
+        sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * step.wide;
+        sources[i].first = conv.first[panel];
+      }
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
+        for (int64_t j = 0; j < step.convs; ++j) {  // weights come from memory: while one panel is used, the next is read
+          const int64_t size = sources[j].taps * sources[j].span;
+          sources[j].share = 4 * WIDE / tiles;
+          const bool last_of_all = j == 0 && panel == panels - 1 && following;
+          const float* next = last_of_all ? following : sources[j].weight + size * WIDE;
+          sources[j].ahead = (const char*)next + i * size * sources[j].share;
+        }
+        runs[last - first - 1](tile, first, panel * step.wide);
+      }
+    }
+    if (step.pooled >= 0 && parts == 1) {
+      const int64_t n = from / image, top = from % image / out.w, end = top + count / out.w;
+      pool_rows(out, maps[step.pooled], n, top / 2, (end + 1) / 2);
+    }
+  }
+  if (step.pooled >= 0 && parts > 1)
+    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+}
