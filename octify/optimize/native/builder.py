@@ -12,27 +12,28 @@ from torch import Tensor, fx, nn
 from octify.graph import get_module
 from octify.octconv import as_tuple
 from octify.optimize.forms import Enter, Leave, join
-from octify.optimize.native.sizes import Beside, Convolved, Cropped, Halved, Like
-from octify.optimize.native.steps import AT_ONCE, Conv, Kind, Shape, Sizes, Step
+from octify.optimize.native.sizes import Convolved, Cropped, Halved, Like, SideBySide
+from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Kind, Shape, Sizes, Step
 from octify.optimize.norms import scale_and_shift
 from octify.optimize.passes import act_of
 from octify.resample import average, pool_low
 
 
+ONE_TAP = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding before, dilation
+
+
 @dataclass
 class Pending:
-    """A convolution or a norm that has no step of its own yet: what reads it may take it in."""
+    """A convolution that has no step of its own yet: what reads it may take it in."""
 
     size: Callable[[Sizes], Shape]
     bias: Tensor | None
-    conv: Conv | None = None
-    scale: Tensor | None = None
-    sources: tuple[tuple[int, int], ...] = ()  # of a norm: what it reads, one behind the other, with their channels
+    conv: Conv
 
     @property
     def small_group(self) -> int:
         """Of its convolution."""
-        return 0 if self.conv is None else self.conv.small_group
+        return self.conv.small_group
 
 
 class Builder:
@@ -43,7 +44,7 @@ class Builder:
         self.values = {node: index for index, node in enumerate(inputs)}
         self.pending: dict[fx.Node, Pending] = {}
         self.padding: dict[fx.Node, tuple[int, ...]] = {}
-        self.parts: dict[fx.Node, tuple[tuple[int, int], ...]] = {}  # what is concatenated, not yet done
+        self.beside: dict[fx.Node, Beside] = {}  # concatenated, normed, activated: not yet done
         self.writers: dict[int, Step] = {}
         self.steps: list[Step] = []
 
@@ -64,9 +65,9 @@ class Builder:
         """The value of a node; what is pending gets its step now."""
         if node in self.pending:
             self._settle(node, self.pending.pop(node), "")
-        if node in self.parts:
-            parts = self.parts.pop(node)
-            self.values[node] = self._side_by_side(parts, Kind.COPY, None, "")
+        if node in self.beside:
+            given = _reading(self.beside.pop(node))
+            self.values[node] = self._emit(Step(Kind.BESIDE, self._new(), _size_of(given), [given]))
         return self.values[node]
 
     def _new(self) -> int:
@@ -102,10 +103,10 @@ class Builder:
             self.values[node] = self._emit(step)
         else:
             scale, shift = (row.float() for row in scale_and_shift(module))
-            alone = source in self.parts and len(source.users) == 1
-            sources = self.parts.pop(source) if alone else ((self.value(source), len(scale)),)
-            size = Beside(tuple(value for value, _ in sources))
-            self.pending[node] = Pending(size, shift, scale=scale, sources=sources)
+            given = self.beside.get(source)
+            alone = given is not None and given.scale is None and not given.act and len(source.users) == 1
+            parts = self.beside.pop(source).parts if alone else ((self.value(source), len(scale)),)
+            self.beside[node] = Beside(parts, scale, shift)
 
     def _conv(self, node: fx.Node, source: fx.Node, conv: nn.Conv2d) -> None:
         before = after = cast("tuple[int, int]", conv.padding)
@@ -115,7 +116,9 @@ class Builder:
             before, after = (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
         stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
         kernel, weight = cast("tuple[int, int]", conv.kernel_size), conv.weight.detach()
-        made = Conv(self.value(source), kernel, stride, before, dilation, conv.groups, weight)
+        beside = self.beside[source] if self._is_read_in_parts(source) else None
+        value = self.value(source) if beside is None else beside.parts[0][0]
+        made = Conv(value, kernel, stride, before, dilation, conv.groups, weight, beside)
         bias = None if conv.bias is None else conv.bias.detach()
         self.pending[node] = Pending(Convolved(made, after), bias, made)
 
@@ -124,14 +127,23 @@ class Builder:
         if source in self.pending and len(source.users) == 1:
             self._settle(node, self.pending.pop(source), act)
             return
+        if source in self.beside and not self.beside[source].act and len(source.users) == 1:
+            self.beside[node] = replace(self.beside.pop(source), act=act)
+            return
         value = self.value(source)
         self.values[node] = self._emit(self._plain_sum([value], _channels(node), act))
 
     def _pool(self, node: fx.Node) -> None:
-        value = self.value(cast(fx.Node, node.args[0]))
+        source = cast(fx.Node, node.args[0])
+        if self._is_read_in_parts(source):
+            given = _reading(self.beside[source])
+            self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(_size_of(given)), [given]))
+            return
+        value = self.value(source)
         writer = self.writers.get(value)
-        if writer is None or writer.kind in (Kind.COPY, Kind.POOL):
-            self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(value), source=value))
+        if writer is None or writer.kind == Kind.POOL:
+            given = Conv(value, *ONE_TAP)
+            self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(Like(value)), [given]))
             return
         if writer.pooled is None:
             writer.pooled = self._new()
@@ -139,20 +151,19 @@ class Builder:
 
     def _cat(self, node: fx.Node) -> None:
         nodes = cast("list[fx.Node]", node.args[0])
-        self.parts[node] = tuple((self.value(part), _channels(part)) for part in nodes)
+        self.beside[node] = Beside(tuple((self.value(part), _channels(part)) for part in nodes))
 
-    def _side_by_side(self, parts: tuple[tuple[int, int], ...], kind: Kind, pending: Pending | None, act: str) -> int:
-        """One step for each part of a concatenation, copied or through a norm."""
-        out, offset = self._new(), 0
-        size = Beside(tuple(value for value, _ in parts))
-        for value, channels in parts:
-            step = Step(kind, out, size, source=value, offset=offset, act=act)
-            if pending is not None:
-                own = slice(offset, offset + channels)
-                step.scale, step.bias = cast(Tensor, pending.scale)[own], cast(Tensor, pending.bias)[own]
-            self._emit(step)
-            offset += channels
-        return out
+    def _is_read_in_parts(self, source: fx.Node) -> bool:
+        """Whether all that read what is not yet done can do so pixel by pixel: then no map of it is ever written."""
+        return source in self.beside and all(map(self._reads_pixels, source.users))
+
+    def _reads_pixels(self, reader: fx.Node) -> bool:
+        if reader.target in (pool_low, average):
+            return True
+        conv = get_module(self.module, str(reader.target)) if reader.op == "call_module" else None
+        if type(conv) is not nn.Conv2d or conv.groups > 1:
+            return False
+        return (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
 
     def _join(self, node: fx.Node) -> None:
         highs, lows = cast("tuple[list[fx.Node], list[fx.Node]]", node.args[:2])
@@ -167,7 +178,7 @@ class Builder:
     def _is_free(self, term: fx.Node, node: fx.Node) -> bool:
         """Whether a term is a convolution that this sum alone reads, once."""
         pending = self.pending.get(term)
-        return pending is not None and pending.conv is not None and list(term.users) == [node]
+        return pending is not None and list(term.users) == [node]
 
     def _small_group(self, term: fx.Node) -> int:
         pending = self.pending.get(term)
@@ -188,7 +199,7 @@ class Builder:
             plains = [*plains[AT_ONCE:], partial]
         # The whole sum has the size that its uncropped terms have.
         size = Like(plains[0]) if plains else min(taken, key=lambda found: isinstance(found.size, Cropped)).size
-        convs = [cast(Conv, pending.conv) for pending in taken]
+        convs = [pending.conv for pending in taken]
         step = Step(_kind_of(taken), self._new(), size, convs, plains, up=up, act=act)
         step.bias = _sum_of([pending.bias for pending in taken], channels)
         return self._emit(step)
@@ -200,12 +211,18 @@ class Builder:
 
     def _settle(self, node: fx.Node, pending: Pending, act: str) -> None:
         """Gives what is pending a step of its own."""
-        if pending.conv is None:
-            self.values[node] = self._side_by_side(pending.sources, Kind.AFFINE, pending, act)
-            return
         step = Step(_kind_of([pending]), self._new(), pending.size, [pending.conv], act=act)
         step.bias = _sum_of([pending.bias], _channels(node))
         self.values[node] = self._emit(step)
+
+
+def _reading(beside: Beside) -> Conv:
+    """A reader of values side by side that does nothing else."""
+    return Conv(beside.parts[0][0], *ONE_TAP, beside=beside)
+
+
+def _size_of(given: Conv) -> SideBySide:
+    return SideBySide(tuple(given.reads))
 
 
 def _kind_of(convs: Sequence[Pending]) -> Kind:

@@ -178,7 +178,7 @@ static void run_grouped(const Step& step, const Map* maps, int threads) {
     Readers from;
     from.count = step.convs;
     for (int64_t i = 0; i < step.convs; ++i) {
-      from.of[i].conv = &step.conv[i], from.of[i].x = &maps[step.conv[i].map];
+      from.of[i].conv = &step.conv[i], from.of[i].x = &maps[step.conv[i].input.map];
       find_lines(step.conv[i], *from.of[i].x, out, top, end, lines[i]);
     }
     for (int64_t block = 0; block < out.c; block += together)
@@ -191,7 +191,7 @@ static void run_grouped(const Step& step, const Map* maps, int threads) {
           const Conv& conv = step.conv[i];
           const int64_t left = first * conv.stride[1] - conv.before[1];
           from.of[i].left = left;
-          inside &= left >= 0 && left + (ALONG - 1) * conv.stride[1] + conv.kernel[1] <= maps[conv.map].w;
+          inside &= left >= 0 && left + (ALONG - 1) * conv.stride[1] + conv.kernel[1] <= maps[conv.input.map].w;
         }
         for (int64_t row = 0; row < end - top; ++row) {
           for (int64_t i = 0; i < step.convs; ++i) from.of[i].lines = lines[i].data() + row * step.conv[i].kernel[0];

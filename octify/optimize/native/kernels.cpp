@@ -8,31 +8,19 @@
 #include "maps.h"
 #include "sum.h"
 
-static void run_affine(const Step& step, const Map* maps, int threads) {
-  const Map &x = maps[step.conv[0].map], &out = maps[step.out];
+// Maps side by side.
+static void run_beside(const Step& step, const Map* maps, int threads) {
+  const Map& out = maps[step.out];
   each_row_pooled(step, maps, threads, [&](int64_t row) {
-    for (int64_t pixel = row * out.w; pixel < (row + 1) * out.w; ++pixel) {
-      const float* from = x.data + pixel * x.c;
-      float* to = out.data + pixel * out.c + step.offset;
-      each_vector(x.c, [&](int64_t c, auto load, auto store) {
-        store(to + c, activate(load(from + c) * load(step.scale + c) + load(step.bias + c), step.act));
-      });
-    }
+    fill(step.conv[0].input, maps, row * out.w, out.w, out.data + row * out.w * out.c, out.c);
   });
-}
-
-static void run_copy(const Step& step, const Map* maps, int threads) {
-  const Map &x = maps[step.conv[0].map], &out = maps[step.out];
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t pixel = 0; pixel < out.n * out.h * out.w; ++pixel)
-    std::copy_n(x.data + pixel * x.c, x.c, out.data + pixel * out.c + step.offset);
 }
 
 // Max pooling; what lies beyond the borders does not count.
 static void run_greatest(const Step& step, const Map* maps, const float* zeros, int threads) {
   const Map& out = maps[step.out];
   const Conv& conv = step.conv[0];
-  const Map& x = maps[conv.map];
+  const Map& x = maps[conv.input.map];
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
   each_row_pooled(step, maps, threads, [&](int64_t row) {
     static thread_local std::vector<const float*> found;
@@ -53,9 +41,22 @@ static void run_greatest(const Step& step, const Map* maps, const float* zeros, 
 }
 
 static void run_pool(const Step& step, const Map* maps, int threads) {
-  const Map &x = maps[step.conv[0].map], &out = maps[step.out];
+  const Input& input = step.conv[0].input;
+  const Map x = map_of(input, maps);
+  const Map& out = maps[step.out];
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < out.n * out.h; ++row) pool_rows(x, out, row / out.h, row % out.h, row % out.h + 1);
+  for (int64_t row = 0; row < out.n * out.h; ++row) {
+    const int64_t n = row / out.h, top = row % out.h;
+    if (x.data) {
+      pool_rows(x, out, n, top, top + 1);
+      continue;
+    }
+    static thread_local std::vector<float> filled;
+    const int64_t rows = std::min<int64_t>(2, x.h - 2 * top);
+    filled.resize(rows * x.w * x.c);
+    fill(input, maps, (n * x.h + 2 * top) * x.w, rows * x.w, filled.data(), x.c);
+    pool_rows({filled.data(), 1, rows, x.w, x.c}, {out.data + row * out.w * out.c, 1, 1, out.w, out.c}, 0, 0, 1);
+  }
 }
 
 extern "C" {
@@ -66,9 +67,8 @@ void octify_run(const Step* steps, int64_t count, const Map* maps, const float* 
       case SUM: run_sum(*step, step + 1 < steps + count ? step[1].conv[0].weight : nullptr, maps, zeros, threads); break;
       case GROUPED: run_grouped(*step, maps, threads); break;
       case POOL: run_pool(*step, maps, threads); break;
-      case AFFINE: run_affine(*step, maps, threads); break;
+      case BESIDE: run_beside(*step, maps, threads); break;
       case GREATEST: run_greatest(*step, maps, zeros, threads); break;
-      case COPY: run_copy(*step, maps, threads); break;
     }
 }
 }

@@ -26,7 +26,7 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
 
-enum Kind { SUM = 0, GROUPED = 1, POOL = 2, AFFINE = 3, COPY = 4, GREATEST = 5 };
+enum Kind { SUM = 0, GROUPED = 1, POOL = 2, BESIDE = 3, GREATEST = 4 };
 enum Act { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4, SIGMOID = 5, TANH = 6 };
 
 struct Map {
@@ -34,8 +34,21 @@ struct Map {
   int64_t n, h, w, c;
 };
 
+struct Part {
+  int64_t map, channels;
+};
+
+// What is read: a map, or several side by side as act(scale · x + shift) (scale may be none), which never is a whole map.
+struct Input {
+  int64_t map;
+  const Part* parts;  // or none
+  int64_t count;
+  const float *scale, *shift;
+  int64_t act;
+};
+
 struct Conv {
-  int64_t map;           // what it reads
+  Input input;
   const float* weight;   // SUM: [panel][tap][channel][wide], a narrow last panel [LANES]; GROUPED: [tap][of group][channel]
   const int64_t* first;  // SUM: the first channel that each panel reads
   int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many channels a group has
@@ -46,8 +59,6 @@ struct Step {
   int64_t kind, out, pooled, act, convs, plains, up;  // pooled and up: a map or -1
   int64_t wide;        // SUM: output channels in a panel, WIDE or LANES
   int64_t plain[4];
-  int64_t offset;      // COPY, AFFINE: where its channels begin in the output
-  const float* scale;  // AFFINE
   const float* bias;   // padded to a multiple of WIDE
   Conv conv[4];
 };
@@ -264,6 +275,38 @@ static inline void each_row(const Map& out, int64_t from, int64_t count, Visit v
     visit(i, row / out.h, row % out.h, column, columns);
     i += columns, ++row, column = 0;
   }
+}
+
+// The map that is read, or for several side by side one of their size, without data.
+static Map map_of(const Input& input, const Map* maps) {
+  if (!input.parts) return maps[input.map];
+  Map x = maps[input.parts[0].map];
+  x.data = nullptr, x.c = 0;
+  for (int64_t i = 0; i < input.count; ++i) x.c += input.parts[i].channels;
+  return x;
+}
+
+template <class Function>
+static inline void each_part(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
+                             Function function) {
+  int64_t offset = 0;
+  for (const Part* part = input.parts; part < input.parts + input.count; offset += part++->channels) {
+    const float* x = maps[part->map].data + from * part->channels;
+    float* out = to + offset;
+    for (int64_t i = 0; i < count; ++i, x += part->channels, out += pitch)
+      each_vector(part->channels, [&](int64_t c, auto load, auto store) { store(out + c, function(load(x + c), offset + c, load)); });
+  }
+}
+
+// Writes some pixels (counted through all images) of maps side by side, `pitch` numbers from one to the next.
+static void fill(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch) {
+  const float *scale = input.scale, *shift = input.shift;
+  if (scale && input.act == RELU)
+    each_part(input, maps, from, count, to, pitch, [=](vec x, int64_t c, auto load) { return activate(x * load(scale + c) + load(shift + c), RELU); });
+  else if (scale)
+    each_part(input, maps, from, count, to, pitch, [=, act = input.act](vec x, int64_t c, auto load) { return activate(x * load(scale + c) + load(shift + c), act); });
+  else
+    each_part(input, maps, from, count, to, pitch, [act = input.act](vec x, int64_t, auto) { return activate(x, act); });
 }
 
 // For some pixels (counted through all images), where each finds its cell in a map of half the size.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from octify.errors import BackendError
 from octify.optimize.native.library import load_library, why_not
-from octify.optimize.native.sizes import Halved
+from octify.optimize.native.sizes import Halved, Like
 from octify.optimize.native.steps import CMap, CStep, Kind, Shape, Sizes, Step, structure
 
 ALIGN = 16  # floats
@@ -117,7 +117,7 @@ class Program(nn.Module):
         for step in self.steps:
             sizes.setdefault(step.out, step.size(sizes))
             if step.pooled is not None:
-                sizes[step.pooled] = Halved(step.out)(sizes)
+                sizes[step.pooled] = Halved(Like(step.out))(sizes)
         return sizes
 
     def _bind(self, shapes: tuple[Shape, ...]) -> Bound:
@@ -157,11 +157,11 @@ def _may_overwrite(step: Step, value: int) -> list[int]:
     """What a step reads at the very place where it writes, and nowhere else."""
     if value != step.out:
         return []
-    if step.kind == Kind.AFFINE and step.source is not None:
-        return [step.source]
+    if step.kind == Kind.BESIDE:
+        return step.reads if len(step.reads) == 1 else []
     if step.kind != Kind.SUM:
         return []
-    elsewhere = {step.up, *(conv.value for conv in step.convs)}
+    elsewhere = {step.up, *(value for conv in step.convs for value in conv.reads)}
     return [plain for plain in step.plains if plain not in elsewhere]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,18 +22,18 @@ class Like:
 
 @dataclass(frozen=True)
 class Halved:
-    """As big as another value on the low grid."""
+    """As big as another size on the low grid."""
 
-    value: int
+    full: Callable[[Sizes], Shape]
 
     def __call__(self, sizes: Sizes) -> Shape:
         """The shape."""
-        n, c, h, w = sizes[self.value]
+        n, c, h, w = self.full(sizes)
         return n, c, (h + 1) // 2, (w + 1) // 2
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideBySide:
     """The channels of several values, one behind the other."""
 
     parts: tuple[int, ...]

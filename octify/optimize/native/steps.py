@@ -31,14 +31,26 @@ class Kind(IntEnum):
     SUM = 0
     GROUPED = 1
     POOL = 2
-    AFFINE = 3
-    COPY = 4
-    GREATEST = 5
+    BESIDE = 3
+    GREATEST = 4
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Values side by side, each with its channels, through a norm (per channel) if there is one, and an activation."""
+
+    parts: tuple[tuple[int, int], ...]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    act: str = ""
 
 
 @dataclass
 class Conv:
-    """A convolution of a value, weight (O, I / groups, h, w), or a window of it; `before`: padding on top and left."""
+    """A convolution of a value, weight (O, I / groups, h, w), or a window of it; `before`: padding on top and left.
+
+    With `beside`, of that instead: `value` is its first part, which has its size.
+    """
 
     value: int
     kernel: tuple[int, int]
@@ -47,6 +59,12 @@ class Conv:
     dilation: tuple[int, int]
     groups: int = 1
     weight: Tensor | None = None
+    beside: Beside | None = None
+
+    @property
+    def reads(self) -> list[int]:
+        """The values that it reads."""
+        return [self.value] if self.beside is None else [value for value, _ in self.beside.parts]
 
     @property
     def small_group(self) -> int:
@@ -63,12 +81,9 @@ class Step:
     size: Callable[[Sizes], Shape]
     convs: list[Conv] = field(default_factory=list[Conv])
     plains: list[int] = field(default_factory=list[int])
-    source: int | None = None  # what a step without convolutions reads
     up: int | None = None
     pooled: int | None = None
     act: str = ""
-    offset: int = 0
-    scale: Tensor | None = None
     bias: Tensor | None = None
 
     @property
@@ -80,8 +95,8 @@ class Step:
     @property
     def reads(self) -> list[int]:
         """The values that the step reads."""
-        single = [value for value in (self.source, self.up) if value is not None]
-        return [*(conv.value for conv in self.convs), *self.plains, *single]
+        convs = [value for conv in self.convs for value in conv.reads]
+        return [*convs, *self.plains, *([] if self.up is None else [self.up])]
 
     @property
     def writes(self) -> list[int]:
@@ -95,11 +110,30 @@ class CMap(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "nhwc")]
 
 
+class CPart(ctypes.Structure):
+    """`Part`."""
+
+    _fields_ = [("map", ctypes.c_int64), ("channels", ctypes.c_int64)]
+
+
+class CInput(ctypes.Structure):
+    """`Input`."""
+
+    _fields_ = [
+        ("map", ctypes.c_int64),
+        ("parts", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("act", ctypes.c_int64),
+    ]
+
+
 class CConv(ctypes.Structure):
     """`Conv`."""
 
     _fields_ = [
-        ("map", ctypes.c_int64),
+        ("input", CInput),
         ("weight", ctypes.c_void_p),
         ("first", ctypes.c_void_p),
         ("span", ctypes.c_int64),
@@ -113,8 +147,6 @@ class CStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "act", "convs", "plains", "up", "wide")),
         ("plain", ctypes.c_int64 * AT_ONCE),
-        ("offset", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("conv", CConv * AT_ONCE),
     ]
@@ -139,15 +171,13 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         up=-1 if step.up is None else step.up,
         wide=panel,
         plain=(ctypes.c_int64 * AT_ONCE)(*step.plains),
-        offset=step.offset,
-        scale=None if step.scale is None else place(padded(step.scale, wide)),
         bias=None if step.bias is None else place(padded(step.bias, wide)),
     )
-    if step.source is not None:
-        made.conv[0].map = step.source
     for conv, row in zip(step.convs, made.conv, strict=False):
         pair = ctypes.c_int64 * 2
-        row.map = conv.value
+        row.input.map = conv.value
+        if conv.beside is not None:
+            _place_beside(row.input, conv.beside, place)
         row.kernel, row.stride = pair(*conv.kernel), pair(*conv.stride)
         row.before, row.dilation = pair(*conv.before), pair(*conv.dilation)
         if conv.weight is None:
@@ -159,6 +189,13 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         flat = narrowed(packed, len(conv.weight)) if panel == wide else packed
         row.weight, row.first, row.span = place(aligned(flat)), place(first), packed.shape[2]
     return made, kept
+
+
+def _place_beside(row: CInput, beside: Beside, place: Callable[[Tensor], int]) -> None:
+    parts = torch.tensor(beside.parts, dtype=torch.int64)
+    row.parts, row.count, row.act = place(parts), len(parts), ACTS[beside.act]
+    if beside.scale is not None and beside.shift is not None:
+        row.scale, row.shift = (place(values.detach().float().contiguous()) for values in (beside.scale, beside.shift))
 
 
 def panel_of(step: Step, wide: int) -> int:

@@ -109,14 +109,14 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
   Conv convs[4];
   Map inputs[4];
   for (int64_t i = 0; i < step.convs; ++i) {
-    convs[i] = step.conv[i], inputs[i] = maps[convs[i].map];
-    join_columns(convs[i], inputs[i], out, rooms[i]);
+    convs[i] = step.conv[i], inputs[i] = map_of(convs[i].input, maps);
+    if (inputs[i].data) join_columns(convs[i], inputs[i], out, rooms[i]);
   }
   const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
   int64_t bytes = 4 * out.c, rows = 0;
   for (int64_t i = 0; i < step.convs; ++i) {
     const Conv& conv = convs[i];
-    bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1];
+    bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1] * (inputs[i].data ? 1 : 2);
     rows += conv.kernel[0] * conv.kernel[1];
   }
   const int64_t block = std::max<int64_t>(8 * MOST, std::min<int64_t>(CACHE / bytes, 84 * MOST));
@@ -138,13 +138,20 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
     const int64_t from = starts[which], count = std::min(starts[which + 1], pixels) - from;
     static thread_local std::vector<const float*> found;
     static thread_local std::vector<int64_t> low;
+    static thread_local std::vector<float> filled[4];
     found.resize(rows * count);
     Source sources[4];
     int64_t used = 0;
     for (int64_t i = 0; i < step.convs; ++i) {
       const Conv& conv = convs[i];
       sources[i] = {found.data() + used, nullptr, conv.kernel[0] * conv.kernel[1], conv.span, 0, nullptr, 0};
-      find_rows(conv, inputs[i], out, from, count, count, zeros, found.data() + used);
+      if (inputs[i].data) {
+        find_rows(conv, inputs[i], out, from, count, count, zeros, found.data() + used);
+      } else {  // of one tap: what it reads is made pixel by pixel, while it is near
+        filled[i].resize(count * inputs[i].c);
+        fill(conv.input, maps, from, count, filled[i].data(), inputs[i].c);
+        for (int64_t j = 0; j < count; ++j) found[used + j] = filled[i].data() + j * inputs[i].c;
+      }
       used += sources[i].taps * count;
     }
     const Tile tile{sources, step.convs, count, out_of(step, maps, from, count, low)};
