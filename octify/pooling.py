@@ -16,6 +16,10 @@ _POOLS: dict[str, tuple[Any, Any, Any]] = {
     "max": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
     "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
 }
+_MODULES: dict[str, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    "max": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Window:
         if isinstance(value, int):
             return value
         return int(value[index if len(value) > 1 else 0])
+
+    def module(self) -> nn.Module:
+        """The same as PyTorch's module."""
+        made: Any = _MODULES[self.kind][self.dims - 1]
+        if self.kind == "max":
+            return made(self.kernel, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode)
+        divisor = () if self.dims == 1 else (self.divisor,)
+        return made(self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *divisor)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pools a dense map."""
@@ -88,11 +100,11 @@ class OctPool(nn.Module):
     def forward(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled bands."""
         pooled = self.window(high) if high.shape[1] else _carrier(self.window, high)
-        size = pooled.shape[2:]
-        wanted = [halve([n])[0] if split else n for n, split in zip(size, self.split, strict=True)]
-        return pooled, self._low(low, wanted)
+        return pooled, self.pool_low(low, pooled.shape[2:])
 
-    def _low(self, low: Tensor, wanted: Sequence[int]) -> Tensor:
+    def pool_low(self, low: Tensor, size: Sequence[int]) -> Tensor:
+        """The pooled low band for a pooled high band of this size."""
+        wanted = [halve([n])[0] if split else n for n, split in zip(size, self.split, strict=True)]
         pool = _POOLS[self.window.kind][self.window.dims - 1]
         include = () if self.window.kind == "max" else (False, self.window.count_include_pad)
         sizes = low.shape[2:]

@@ -257,3 +257,19 @@ def test_the_kernels_are_built_into_the_cache_and_used_again(tmp_path: Path) -> 
 
 def test_the_library_is_one_for_the_process() -> None:
     assert load_library() is load_library()
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_poolings_of_both_bands_are_part_of_the_program(ceil_mode: bool) -> None:
+    """At even and odd sizes, where the low band's last position is one of its own or none."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2, 2, ceil_mode=ceil_mode),
+                        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1))  # fmt: skip
+    octave_net = octify.convert(net, alpha=0.5, example_inputs=(1, 3, 64, 64)).eval()
+    form = build._with_programs(flatten(octave_net, (torch.empty(1, 3, 64, 64, device="meta"),)),
+                                (torch.empty(1, 3, 64, 64, device="meta"),))  # fmt: skip
+    assert form is not None and sum(isinstance(part, Program) for part in form.modules()) == 1
+    assert [node.op for node in form.graph.nodes].count("call_module") == 1
+    with torch.no_grad():
+        for size in ((64, 64), (61, 59), (62, 31), (47, 50), (33, 35)):
+            x = torch.randn(2, 3, *size)
+            assert close(form(x), octave_net(x)), size

@@ -17,7 +17,7 @@ from octify.errors import BackendError
 from octify.graph import meta_copy, record_values
 from octify.module import OctaveModule
 from octify.optimize.eager import lower_eager
-from octify.optimize.expand import expand_convs
+from octify.optimize.expand import expand_convs, expand_pools
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
 from octify.optimize.tune import faster
@@ -38,6 +38,7 @@ class Pass:
 PASSES = (
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
+    Pass("poolings of both bands into one each", expand_pools, shapes=True),
     Pass("dropout and identities", passes.drop_idle),
     Pass("one pooling for all readers", passes.share_pools),
     Pass("residual sums into joins", passes.gather_sums, shapes=True),

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from octify.graph import get_module, set_module
+from octify.graph import get_module, set_module, shape_of, value_of
 from octify.kernels import fits_always
 from octify.layers import OctConv
-from octify.optimize.forms import Enter, Leave, OutSize, empty_high, join
+from octify.optimize.forms import Enter, Leave, LowPool, OutSize, empty_high, join
+from octify.pooling import OctPool
 from octify.resample import average, pool_low, up_to
 from octify.routes import Route
 
@@ -39,6 +40,26 @@ def expand_convs(module: fx.GraphModule) -> int:
             set_module(module, target, _paths_of(conv))
         with module.graph.inserting_before(node):
             _replace(node, _Expansion(module.graph, target, conv).run(*_inputs(node)))
+        count += 1
+    return count
+
+
+def expand_pools(module: fx.GraphModule) -> int:
+    """Before: OctPool(high, low) → getitem 0, getitem 1.   After: the source's pooling of high, and LowPool of low."""
+    count = 0
+    for node in list(module.graph.nodes):
+        pool = get_module(module, str(node.target)) if node.op == "call_module" else None
+        if not isinstance(pool, OctPool) or not (shape_of(value_of(node.args[0])) or (0, 0))[1]:
+            continue
+        target = f"{node.target}_{count}"  # one module may be called with and without a high band
+        home = nn.Module()
+        home.add_module("high", pool.window.module())
+        home.add_module("low", LowPool(pool))
+        set_module(module, target, home)
+        high, low = cast("tuple[fx.Node, fx.Node]", node.args)
+        with module.graph.inserting_before(node):
+            pooled = module.graph.call_module(f"{target}.high", (high,))
+            _replace(node, (pooled, module.graph.call_module(f"{target}.low", (low, pooled))))
         count += 1
     return count
 

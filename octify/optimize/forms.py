@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octify.pooling import OctPool
 from octify.resample import up_to
 from octify.routes import Route, enter, leave
 
@@ -80,6 +81,25 @@ class OutSize(nn.Module):
         return tuple(
             axis.out_size(size) for axis, size in zip(self.halved, high.shape[-len(self.halved) :], strict=True)
         )
+
+
+class LowPool(nn.Module):
+    """What a pooling of both bands does to the low one."""
+
+    def __init__(self, pool: OctPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    @property
+    def halves(self) -> bool:
+        """Whether it averages 2 by 2 positions, side by side."""
+        pool = self.pool
+        geometry = (pool.low_kernel, pool.low_stride, pool.left)
+        return pool.window.kind == "average" and pool.window.divisor is None and geometry == ((2, 2), (2, 2), (0, 0))
+
+    def forward(self, low: Tensor, pooled: Tensor) -> Tensor:
+        """`pooled` is the pooled high band, whose size the result fits."""
+        return self.pool.pool_low(low, pooled.shape[2:])
 
 
 def empty_high(low: Tensor, size: Sequence[int]) -> Tensor:

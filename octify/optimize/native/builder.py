@@ -11,13 +11,12 @@ from torch import Tensor, fx, nn
 
 from octify.graph import get_module
 from octify.octconv import as_tuple
-from octify.optimize.forms import Enter, Leave, join
-from octify.optimize.native.sizes import Convolved, Cropped, Halved, Like, SideBySide
+from octify.optimize.forms import Enter, Leave, LowPool, join
+from octify.optimize.native.sizes import Convolved, Cropped, Halved, Like, OnGrid, SideBySide
 from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Kind, Shape, Sizes, Step
 from octify.optimize.norms import scale_and_shift
 from octify.optimize.passes import act_of
 from octify.resample import average, pool_low
-
 
 ONE_TAP = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding before, dilation
 
@@ -93,6 +92,12 @@ class Builder:
             )
         elif isinstance(module, nn.Conv2d):
             self._conv(node, source, module)
+        elif isinstance(module, nn.AvgPool2d):
+            value = self.value(source)
+            self.values[node] = self._halve(value, Halved(Like(value), module.ceil_mode))
+        elif isinstance(module, LowPool):
+            value, pooled = (self.value(cast(fx.Node, argument)) for argument in node.args)
+            self.values[node] = self._halve(value, OnGrid(value, Halved(Like(pooled))))
         elif isinstance(module, nn.MaxPool2d):
             pairs = [
                 cast("tuple[int, int]", as_tuple(given, 2))
@@ -142,12 +147,14 @@ class Builder:
         value = self.value(source)
         writer = self.writers.get(value)
         if writer is None or writer.kind == Kind.POOL:
-            given = Conv(value, *ONE_TAP)
-            self.values[node] = self._emit(Step(Kind.POOL, self._new(), Halved(Like(value)), [given]))
+            self.values[node] = self._halve(value, Halved(Like(value)))
             return
         if writer.pooled is None:
             writer.pooled = self._new()
         self.values[node] = writer.pooled
+
+    def _halve(self, value: int, size: Callable[[Sizes], Shape]) -> int:
+        return self._emit(Step(Kind.POOL, self._new(), size, [Conv(value, *ONE_TAP)]))
 
     def _cat(self, node: fx.Node) -> None:
         nodes = cast("list[fx.Node]", node.args[0])

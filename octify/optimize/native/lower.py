@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.graph import get_module, set_module, shape_of, value_of
-from octify.optimize.forms import Enter, Leave, OutSize, join
+from octify.octconv import as_tuple
+from octify.optimize.forms import Enter, Leave, LowPool, OutSize, join
 from octify.optimize.native.builder import Builder
 from octify.optimize.native.program import Program
 from octify.optimize.native.steps import small_group, waste
@@ -108,7 +109,8 @@ class _Natives:
             found = self._module(node)
             norm = type(found) is nn.BatchNorm2d and found.running_var is not None
             window = type(found) is nn.MaxPool2d and not (found.ceil_mode or found.return_indices)
-            return norm or window or self.is_conv(node) or self.borders(node) or bool(act_of(self.module, node))
+            known = norm or window or halves(found) or (type(found) is LowPool and found.halves)
+            return known or self.is_conv(node) or self.borders(node) or bool(act_of(self.module, node))
         return bool(act_of(self.module, node))
 
     def is_conv(self, node: fx.Node) -> bool:
@@ -121,6 +123,14 @@ class _Natives:
         if conv.groups == 1 or small_group(conv.weight.shape, conv.groups):
             return True
         return waste((conv.in_channels, conv.out_channels), conv.groups, PANEL) <= WASTE
+
+
+def halves(module: nn.Module) -> bool:
+    """Whether a module averages 2 by 2 positions side by side."""
+    if type(module) is not nn.AvgPool2d or module.divisor_override is not None:
+        return False
+    geometry = (module.kernel_size, module.stride, module.padding)
+    return [as_tuple(value, 2) for value in geometry] == [(2, 2), (2, 2), (0, 0)]
 
 
 def _is_map(node: fx.Node) -> bool:

@@ -22,14 +22,28 @@ class Like:
 
 @dataclass(frozen=True)
 class Halved:
-    """As big as another size on the low grid."""
+    """Half as big as another size; an odd last position has one of its own, or, without `last`, none."""
 
     full: Callable[[Sizes], Shape]
+    last: bool = True
 
     def __call__(self, sizes: Sizes) -> Shape:
         """The shape."""
         n, c, h, w = self.full(sizes)
-        return n, c, (h + 1) // 2, (w + 1) // 2
+        return n, c, (h + self.last) // 2, (w + self.last) // 2
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A value's channels in another size."""
+
+    value: int
+    grid: Callable[[Sizes], Shape]
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        n, _, h, w = self.grid(sizes)
+        return n, sizes[self.value][1], h, w
 
 
 @dataclass(frozen=True)
