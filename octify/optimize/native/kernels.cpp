@@ -4,6 +4,10 @@
 // accumulators in registers, and pools its result by 2×2 on the way if somebody reads that: the four paths of an
 // octave convolution are two such steps and a low one, none of which passes over a map twice.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "grouped.h"
 #include "maps.h"
 #include "sum.h"
@@ -62,9 +66,18 @@ static void run_pool(const Step& step, const Map* maps, int threads) {
 extern "C" {
 int64_t octify_wide() { return WIDE; }
 
+// Asks for large pages for memory that nothing was written to yet: weights are read once a call, page after page.
+void octify_enlarge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, from = ((uintptr_t)memory + page - 1) / page * page;
+  const uintptr_t to = ((uintptr_t)memory + bytes) / page * page;
+  if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);  // where there are none, small ones do
+#endif
+}
+
 void octify_run(const Step* steps, int64_t count, const Map* maps, const float* zeros, int64_t threads) {
   for (const Step* step = steps; step < steps + count; ++step) switch (step->kind) {
-      case SUM: run_sum(*step, step + 1 < steps + count ? step[1].conv[0].weight : nullptr, maps, zeros, threads); break;
+      case SUM: run_sum(*step, first_panel(step + 1, steps + count), maps, zeros, threads); break;
       case GROUPED: run_grouped(*step, maps, threads); break;
       case POOL: run_pool(*step, maps, threads); break;
       case BESIDE: run_beside(*step, maps, threads); break;

@@ -12,6 +12,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+ALIGN = 16  # floats
 SOURCES = tuple(sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h")))
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -30,6 +34,16 @@ class Library:
         self.run = loaded.octify_run
         self.run.restype = None
         self.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self._enlarge_pages = loaded.octify_enlarge_pages
+        self._enlarge_pages.restype = None
+        self._enlarge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+
+    def room(self, count: int) -> Tensor:
+        """Memory for so many numbers, where vectors can be loaded from; in large pages if there are such."""
+        room = torch.empty(count + ALIGN)
+        self._enlarge_pages(room.data_ptr(), 4 * (count + ALIGN))
+        start = -room.data_ptr() // 4 % ALIGN
+        return room[start : start + count]
 
 
 def load_library() -> Library | None:

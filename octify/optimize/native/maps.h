@@ -49,7 +49,7 @@ struct Input {
 
 struct Conv {
   Input input;
-  const float* weight;   // SUM: [panel][tap][channel][wide], a narrow last panel [LANES]; GROUPED: [tap][of group][channel]
+  const float* weight;   // GROUPED: [tap][of group][channel]
   const int64_t* first;  // SUM: the first channel that each panel reads
   int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many channels a group has
   int64_t kernel[2], stride[2], before[2], dilation[2];
@@ -59,7 +59,8 @@ struct Step {
   int64_t kind, out, pooled, act, convs, plains, up;  // pooled and up: a map or -1
   int64_t wide;        // SUM: output channels in a panel, WIDE or LANES
   int64_t plain[4];
-  const float* bias;   // padded to a multiple of WIDE
+  const float* weights;  // SUM: [panel][convolution][tap][channel][wide], a narrow last panel [LANES]
+  const float* bias;     // padded to a multiple of WIDE
   Conv conv[4];
 };
 
@@ -153,6 +154,20 @@ struct Out {
   float* out;
   int64_t channels, act;
 };
+
+// Fetches what sums will meet when they are finished, so that it is near by then.
+ALWAYS_INLINE void fetch(const Out& to, int64_t pixel, int64_t channel, int pixels, int vectors) {
+  const int64_t place = pixel * to.channels + channel;
+  for (int64_t p = 0; p < to.plains; ++p)
+    for (int m = 0; m < pixels; ++m)
+      for (int i = 0; i < vectors; ++i) __builtin_prefetch(to.plain[p] + place + m * to.channels + i * LANES);
+  if (to.up)
+    for (int m = 0; m < pixels; m += 2)  // neighbours share a cell
+      for (int i = 0; i < vectors; ++i)
+        __builtin_prefetch(to.up + to.low[pixel + m] * to.channels + channel + i * LANES);
+  for (int m = 0; m < pixels; ++m)
+    for (int i = 0; i < vectors; ++i) __builtin_prefetch(to.out + place + m * to.channels + i * LANES, 1);
+}
 
 // Activations that take room of their own.
 template <int PIXELS, int VECTORS>
@@ -286,27 +301,30 @@ static Map map_of(const Input& input, const Map* maps) {
   return x;
 }
 
-template <class Function>
-static inline void each_part(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
-                             Function function) {
+// Writes some pixels (counted through all images) of maps side by side, `pitch` numbers from one to the next. A vector of
+// channels goes down all pixels, so that its part of the norm stays in registers.
+template <class Activate>
+static inline void fill_as(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
+                           Activate activated) {
   int64_t offset = 0;
   for (const Part* part = input.parts; part < input.parts + input.count; offset += part++->channels) {
     const float* x = maps[part->map].data + from * part->channels;
-    float* out = to + offset;
-    for (int64_t i = 0; i < count; ++i, x += part->channels, out += pitch)
-      each_vector(part->channels, [&](int64_t c, auto load, auto store) { store(out + c, function(load(x + c), offset + c, load)); });
+    each_vector(part->channels, [&](int64_t c, auto load, auto store) {
+      const bool normed = input.scale;
+      const vec scale = normed ? load(input.scale + offset + c) : all(1.f);
+      const vec shift = normed ? load(input.shift + offset + c) : all(0.f);
+      const float* in = x + c;
+      float* out = to + offset + c;
+      for (int64_t i = 0; i < count; ++i, in += part->channels, out += pitch)
+        store(out, activated(load(in) * scale + shift));
+    });
   }
 }
 
-// Writes some pixels (counted through all images) of maps side by side, `pitch` numbers from one to the next.
 static void fill(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch) {
-  const float *scale = input.scale, *shift = input.shift;
-  if (scale && input.act == RELU)
-    each_part(input, maps, from, count, to, pitch, [=](vec x, int64_t c, auto load) { return activate(x * load(scale + c) + load(shift + c), RELU); });
-  else if (scale)
-    each_part(input, maps, from, count, to, pitch, [=, act = input.act](vec x, int64_t c, auto load) { return activate(x * load(scale + c) + load(shift + c), act); });
-  else
-    each_part(input, maps, from, count, to, pitch, [act = input.act](vec x, int64_t, auto) { return activate(x, act); });
+  if (input.act == NONE) fill_as(input, maps, from, count, to, pitch, [](vec x) { return x; });
+  else if (input.act == RELU) fill_as(input, maps, from, count, to, pitch, [](vec x) { return activate(x, RELU); });
+  else fill_as(input, maps, from, count, to, pitch, [act = input.act](vec x) { return activate(x, act); });
 }
 
 // For some pixels (counted through all images), where each finds its cell in a map of half the size.

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from octify.errors import BackendError
-from octify.optimize.native.library import load_library, why_not
+from octify.optimize.native.library import ALIGN, Library, load_library, why_not
 from octify.optimize.native.sizes import Halved, Like
 from octify.optimize.native.steps import CMap, CStep, Kind, Shape, Sizes, Step, structure
 
-ALIGN = 16  # floats
 KEPT = 16  # input sizes that a thread stays ready for
 
 
@@ -73,8 +72,8 @@ class Program(nn.Module):
         if loaded is None:
             raise BackendError(f"this form needs octify's kernels: {why_not()}")
         given = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-        bound = self._bound(tuple(tuple(x.shape) for x in given))  # pyright: ignore[reportArgumentType]
-        steps, _, zeros = self._structures or self._structure(loaded.wide)
+        bound = self._bound(loaded, tuple(tuple(x.shape) for x in given))  # pyright: ignore[reportArgumentType]
+        steps, _, zeros = self._structures or self._structure(loaded)
         maps = bound.maps
         for value, x in enumerate(given):
             maps[value].data = x.data_ptr()
@@ -96,19 +95,21 @@ class Program(nn.Module):
         """Gives back the memory that is kept between calls."""
         self._own = threading.local()
 
-    def _structure(self, wide: int) -> tuple[Any, list[Tensor], Tensor]:
-        made = [structure(step, wide) for step in self.steps]
-        rows = (CStep * len(made))(*(row for row, _ in made))
+    def _structure(self, loaded: Library) -> tuple[Any, list[Tensor], Tensor]:
+        made = [structure(step, loaded.wide) for step in self.steps]
+        rows = (CStep * len(made))(*(each.row for each in made))
+        kept = [tensor for each in made for tensor in each.kept]
         widest = max(step.widest for step in self.steps)
-        self._structures = rows, [tensor for _, kept in made for tensor in kept], torch.zeros(widest + ALIGN)
+        kept.append(_in_one_room(loaded, rows, [each.weights for each in made]))
+        self._structures = rows, kept, torch.zeros(widest + ALIGN)
         return self._structures
 
-    def _bound(self, shapes: tuple[Shape, ...]) -> Bound:
+    def _bound(self, loaded: Library, shapes: tuple[Shape, ...]) -> Bound:
         known = cast("dict[tuple[Shape, ...], Bound]", self._own.__dict__)
         if shapes not in known:
             if len(known) >= KEPT:
                 known.clear()
-            known[shapes] = self._bind(shapes)
+            known[shapes] = self._bind(loaded, shapes)
         return known[shapes]
 
     def sizes(self, shapes: Sequence[Shape]) -> Sizes:
@@ -120,11 +121,11 @@ class Program(nn.Module):
                 sizes[step.pooled] = Halved(Like(step.out))(sizes)
         return sizes
 
-    def _bind(self, shapes: tuple[Shape, ...]) -> Bound:
+    def _bind(self, loaded: Library, shapes: tuple[Shape, ...]) -> Bound:
         sizes = self.sizes(shapes)
         starts, total = self._places(sizes)
-        room = torch.empty(total + ALIGN)
-        base = room.data_ptr() + -room.data_ptr() % (4 * ALIGN)
+        room = loaded.room(total)
+        base = room.data_ptr()
         maps = (CMap * (max(sizes) + 1))()
         for value, (n, c, h, w) in sizes.items():
             maps[value] = CMap(base + 4 * starts[value] if value in starts else None, n, h, w, c)
@@ -151,6 +152,19 @@ class Program(nn.Module):
                 if value in starts and last[value] == index:
                     room.give_back(starts[value])
         return starts, room.end
+
+
+def _in_one_room(loaded: Library, rows: Any, weights: Sequence[Tensor | None]) -> Tensor:
+    """Weights one behind the other in the order in which they are read; tells each step where its own begin."""
+    sizes = [0 if each is None else -(-each.numel() // ALIGN) * ALIGN for each in weights]
+    room = loaded.room(sum(sizes))
+    start = 0
+    for row, each, size in zip(rows, weights, sizes, strict=True):
+        if each is not None:
+            row.weights = room[start:].data_ptr()
+            room[start : start + each.numel()].copy_(each.flatten())
+        start += size
+    return room
 
 
 def _may_overwrite(step: Step, value: int) -> list[int]:

@@ -147,20 +147,30 @@ class CStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "act", "convs", "plains", "up", "wide")),
         ("plain", ctypes.c_int64 * AT_ONCE),
+        ("weights", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("conv", CConv * AT_ONCE),
     ]
 
 
-def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
-    """A step as the kernels read it, and the tensors that it points to."""
+@dataclass
+class Made:
+    """A step as the kernels read it, the tensors that it points to, and the weights that it shall point to."""
+
+    row: CStep
+    kept: list[Tensor]
+    weights: Tensor | None
+
+
+def structure(step: Step, wide: int) -> Made:
+    """A step as the kernels read it."""
     kept: list[Tensor] = []
 
     def place(tensor: Tensor) -> int:
         kept.append(tensor)
         return tensor.data_ptr()
 
-    panel = panel_of(step, wide)
+    panel, packed = panel_of(step, wide), list[Tensor]()
     made = CStep(
         kind=step.kind,
         out=step.out,
@@ -185,10 +195,13 @@ def structure(step: Step, wide: int) -> tuple[CStep, list[Tensor]]:
         if step.kind == Kind.GROUPED:
             row.weight, row.span = place(padded(conv.weight.permute(2, 3, 1, 0), wide)), conv.small_group
             continue
-        packed, first = pack_weight(conv.weight, conv.groups, panel)
-        flat = narrowed(packed, len(conv.weight)) if panel == wide else packed
-        row.weight, row.first, row.span = place(aligned(flat)), place(first), packed.shape[2]
-    return made, kept
+        rows, first = pack_weight(conv.weight, conv.groups, panel)
+        row.first, row.span = place(first), rows.shape[2]
+        packed.append(rows.flatten(1, 2))
+    if not packed:
+        return Made(made, kept, None)
+    together, outputs = torch.cat(packed, 1), len(cast(Tensor, step.convs[0].weight))
+    return Made(made, kept, narrowed(together, outputs) if panel == wide else together)
 
 
 def _place_beside(row: CInput, beside: Beside, place: Callable[[Tensor], int]) -> None:
@@ -222,13 +235,6 @@ def small_group(weight: Sequence[int], groups: int) -> int:
 def padded(rows: Tensor, wide: int) -> Tensor:
     """Rows of channels up to whole panels."""
     return F.pad(rows.detach().float(), (0, -rows.shape[-1] % wide)).contiguous()
-
-
-def aligned(tensor: Tensor, size: int = 64) -> Tensor:
-    """The same values at an address that vectors can be loaded from."""
-    room = torch.empty(tensor.numel() + size // 4, dtype=torch.float32)
-    start = -room.data_ptr() // 4 % (size // 4)
-    return room[start : start + tensor.numel()].copy_(tensor.flatten())
 
 
 def spans(channels: tuple[int, int], groups: int, wide: int) -> tuple[list[int], int]:

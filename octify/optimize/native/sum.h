@@ -24,6 +24,7 @@ struct Tile {
 
 template <int PIXELS, int VECTORS>
 __attribute__((noinline)) static void run_tile(const Tile& tile, int64_t pixel, int64_t channel) {
+  fetch(tile.to, pixel, channel, PIXELS, VECTORS);
   vec sum[PIXELS][VECTORS];
 #pragma GCC unroll 16
   for (int m = 0; m < PIXELS; ++m)
@@ -103,7 +104,27 @@ static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>&
   x = {room.data(), x.n, x.h, wide, x.c};
 }
 
-static void run_sum(const Step& step, const float* following, const Map* maps, const float* zeros, int threads) {
+// Weights come from far: while one panel is used, the next is fetched, at the end that of the step that follows.
+struct Panel {
+  const float* weights;
+  int64_t bytes;
+};
+
+// The rows of a panel of a step's weights, of all its convolutions.
+static int64_t rows_of_panel(const Step& step) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < step.convs; ++i) rows += step.conv[i].kernel[0] * step.conv[i].kernel[1] * step.conv[i].span;
+  return rows;
+}
+
+// The first panel of the first step from `step` on that has weights in panels.
+static Panel first_panel(const Step* step, const Step* end) {
+  while (step < end && (step->kind != SUM || !step->convs)) ++step;
+  if (step == end) return {nullptr, 0};
+  return {step->weights, 4 * rows_of_panel(*step) * step->wide};
+}
+
+static void run_sum(const Step& step, Panel following, const Map* maps, const float* zeros, int threads) {
   const Map& out = maps[step.out];
   static thread_local std::vector<float> rooms[4];
   Conv convs[4];
@@ -114,6 +135,7 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
   }
   const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
   int64_t bytes = 4 * out.c, rows = 0;
+  const int64_t total = rows_of_panel(step);
   for (int64_t i = 0; i < step.convs; ++i) {
     const Conv& conv = convs[i];
     bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1] * (inputs[i].data ? 1 : 2);
@@ -156,22 +178,19 @@ static void run_sum(const Step& step, const float* following, const Map* maps, c
     }
     const Tile tile{sources, step.convs, count, out_of(step, maps, from, count, low)};
     for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-      const bool narrow = step.wide == LANES || out.c - panel * WIDE <= LANES;
-      const int64_t most = narrow ? NARROW : MOST, tiles = (count + most - 1) / most;
-      const Run* runs = narrow ? NARROWS.of : WIDES.of;
-      for (int64_t i = 0; i < step.convs; ++i) {
-        const Conv& conv = convs[i];
-        sources[i].weight = conv.weight + panel * sources[i].taps * conv.span * step.wide;
-        sources[i].first = conv.first[panel];
-      }
+      const auto width_of = [&](int64_t panel) { return out.c - panel * step.wide <= LANES ? LANES : step.wide; };
+      const int64_t width = width_of(panel), most = width == LANES ? NARROW : MOST, tiles = (count + most - 1) / most;
+      const Run* runs = width == LANES ? NARROWS.of : WIDES.of;
+      const float* weights = step.weights + panel * total * step.wide;
+      Panel next{weights + total * width, 0};
+      if (panel + 1 < panels) next.bytes = 4 * total * width_of(panel + 1);
+      else if (which == blocks - 1) next = following;
+      const int64_t share = std::min<int64_t>(64, (next.bytes + total * tiles - 1) / std::max<int64_t>(1, total * tiles));
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
-        for (int64_t j = 0; j < step.convs; ++j) {  // weights come from memory: while one panel is used, the next is read
-          const int64_t size = sources[j].taps * sources[j].span;
-          sources[j].share = 4 * WIDE / tiles;
-          const bool last_of_all = j == 0 && panel == panels - 1 && following;
-          const float* next = last_of_all ? following : sources[j].weight + size * WIDE;
-          sources[j].ahead = (const char*)next + i * size * sources[j].share;
+        for (int64_t j = 0, row = 0; j < step.convs; row += sources[j].taps * sources[j].span, ++j) {
+          sources[j].weight = weights + row * width, sources[j].first = convs[j].first[panel];
+          sources[j].ahead = (const char*)next.weights + (i * total + row) * share, sources[j].share = share;
         }
         runs[last - first - 1](tile, first, panel * step.wide);
       }
