@@ -50,7 +50,8 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
     groups = draw(st.sampled_from((1, 1, 2, 3)))
     take, give = draw(st.integers(1, 9)), draw(st.integers(1, 21))
     if draw(st.booleans()):
-        groups, take, give = draw(st.integers(2, 40)), 1, 1
+        groups, take = draw(st.integers(2, 24)), draw(st.sampled_from((1, 2, 4)))
+        give = take
     conv = nn.Conv2d(take * groups, give * groups, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
     least = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     size = [draw(st.integers(low, low + 12)) for low in least]
@@ -88,6 +89,86 @@ def test_a_sum_of_any_geometry(case: tuple[nn.Conv2d, Tensor], act: str, threads
         torch.set_num_threads(before)
         wanted = Sum(conv, act)(x, plain, low)
     assert all(close(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    kernel=st.sampled_from((1, 2, 3, 5)), stride=st.integers(1, 3), group=st.sampled_from((1, 2, 4)),
+    groups=st.integers(2, 20), size=st.tuples(st.integers(7, 23), st.integers(7, 30)), threads=st.sampled_from((1, 3)),
+)  # fmt: skip
+def test_convolutions_of_small_groups_are_summed(
+    kernel: int, stride: int, group: int, groups: int, size: tuple[int, int], threads: int
+) -> None:
+    """Of several kernels in one step, with all that a step adds, in rows shorter and longer than a tile."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            channels = group * groups
+            self.one = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=groups)
+            self.other = nn.Conv2d(channels, channels, 3, stride, 1, groups=groups)
+
+        def forward(self, x: Tensor, plain: Tensor, low: Tensor) -> Tensor:
+            return join([plain, self.one(x), self.other(x)], [low], 2, "relu")
+
+    net, x = Net().eval(), torch.randn(2, group * groups, *size)
+    with torch.no_grad():
+        if net.one(x).shape != net.other(x).shape:
+            return
+        plain = torch.randn(net.other(x).shape)
+        low = torch.randn(*plain.shape[:2], *((length + 1) // 2 for length in plain.shape[2:]))
+        module, programs = lowered(net, x, plain, low)
+        assert [step.kind.name for step in programs[0].steps] == ["GROUPED"]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found = module(x, plain, low)
+        torch.set_num_threads(before)
+        assert close(found, net(x, plain, low))
+
+
+class Gated(nn.Module):
+    """A squeeze-and-excitation block, whose gated map is read by 1x1 convolutions alone, or by another one too."""
+
+    def __init__(self, wide: int, mean: str, act: str, reader: nn.Module) -> None:
+        super().__init__()
+        self.first, self.reader, self.mean = nn.Conv2d(3, wide, 3, padding=1), reader, mean
+        self.squeeze, self.excite, self.gate = nn.Conv2d(wide, 4, 1), nn.Conv2d(4, wide, 1), nn.Hardsigmoid()
+        self.pool, self.act = nn.AdaptiveAvgPool2d(1), {"relu": nn.ReLU(), "silu": nn.SiLU(), "": None}[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        squeezed = self.pool(x) if self.mean == "pool" else x.mean((2, 3), keepdim=True)
+        gate = self.gate(self.excite(F.relu(self.squeeze(squeezed))))
+        gated = x * gate if self.mean == "pool" else gate * x
+        return self.reader(gated if self.act is None else self.act(gated))
+
+
+@pytest.mark.parametrize("mean", ["pool", "method"])
+@pytest.mark.parametrize("act", ["", "relu", "silu"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_gates(mean: str, act: str, kernel: int) -> None:
+    net = Gated(21, mean, act, nn.Conv2d(21, 7, kernel, padding=kernel // 2)).eval()
+    for size in ((2, 3, 12, 17), (3, 3, 5, 4)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            module, programs = lowered(net, x)
+            assert len(programs) == 1 and [node.op for node in module.graph.nodes].count("call_module") == 1
+            assert close(module(x), net(x))
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_gates_over_both_bands(alpha: float) -> None:
+    """Also at odd sizes, where the low band's last position stands for one instead of two."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), Gated(20, "pool", "relu", nn.Conv2d(20, 8, 1)), nn.Conv2d(8, 4, 1))
+    net[1].first = nn.Conv2d(16, 20, 1)
+    octave_net = octify.convert(net.eval(), alpha=alpha, example_inputs=(1, 3, 32, 32)).eval()
+    example = (torch.empty(1, 3, 32, 32, device="meta"),)
+    form = build._with_programs(flatten(octave_net, example), example)
+    assert form is not None and [node.op for node in form.graph.nodes].count("call_module") == 1
+    with torch.no_grad():
+        for size in ((32, 32), (31, 33), (17, 30)):
+            x = torch.randn(2, 3, *size)
+            assert close(form(x), octave_net(x)), size
 
 
 @settings(max_examples=30, deadline=None)

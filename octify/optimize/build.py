@@ -121,7 +121,8 @@ def _with_programs(module: Optimized, example: tuple[Any, ...]) -> Optimized | N
 class Frozen(nn.Module):
     """A compiled form whose weights inductor takes for constants: it lays them out for oneDNN then, and fuses more.
 
-    Dynamo looks for that setting in the global configuration, whenever it compiles.
+    Dynamo looks for that setting in the global configuration, whenever it compiles; to set it takes longer than a small
+    network's layer, so that sizes seen before go without.
     """
 
     def __init__(self, form: nn.Module) -> None:
@@ -129,11 +130,18 @@ class Frozen(nn.Module):
         self.form = form
         self.compiled: Any = torch.compile(form)
         self.config: Any = importlib.import_module("torch._inductor.config")
+        self.seen: set[tuple[Any, ...]] = set()
 
     def forward(self, *inputs: Any) -> Any:
         """As the form."""
-        with torch.inference_mode(False), torch.no_grad(), self.config.patch(freezing=True):
-            return self.compiled(*inputs)
+        sizes = tuple(getattr(value, "shape", value) for value in inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            if sizes in self.seen:
+                return self.compiled(*inputs)
+            with self.config.patch(freezing=True):
+                result = self.compiled(*inputs)
+        self.seen.add(sizes)
+        return result
 
 
 def _compiled(module: Optimized) -> nn.Module:

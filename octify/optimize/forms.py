@@ -42,6 +42,7 @@ ACTS: dict[str, Any] = {
     "hardswish": F.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "hardsigmoid": F.hardsigmoid,
 }
 
 

@@ -18,6 +18,7 @@ ATTRS: dict[str, tuple[str, tuple[float, ...], str]] = {
     "hardswish": ("hardswish", (), ""),
     "sigmoid": ("sigmoid", (), ""),
     "tanh": ("tanh", (), ""),
+    "hardsigmoid": ("hardsigmoid", (), ""),
 }
 
 

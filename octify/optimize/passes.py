@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.layers.activations import HardSwish, Sigmoid, Swish, Tanh
+from timm.layers.activations import HardSigmoid, HardSwish, Sigmoid, Swish, Tanh
 from timm.layers.drop import DropPath
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -25,11 +25,13 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADDS: tuple[Any, ...] = (operator.add, cast(Any, operator).iadd, torch.add)
 MODULE_ACTS: dict[type, str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh", Swish: "silu", HardSwish: "hardswish", Sigmoid: "sigmoid", Tanh: "tanh",
+    nn.Tanh: "tanh", nn.Hardsigmoid: "hardsigmoid", Swish: "silu", HardSwish: "hardswish", Sigmoid: "sigmoid",
+    Tanh: "tanh", HardSigmoid: "hardsigmoid",
 }  # fmt: skip
 FUNCTION_ACTS: dict[Callable[..., Any], str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
-    F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", torch.tanh: "tanh", F.tanh: "tanh",
+    F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.hardsigmoid: "hardsigmoid",
+    torch.tanh: "tanh", F.tanh: "tanh",
 }  # fmt: skip
 METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 

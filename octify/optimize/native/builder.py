@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from octify.graph import get_module
 from octify.octconv import as_tuple
 from octify.optimize.forms import Enter, Leave, LowPool, join
-from octify.optimize.native.sizes import Convolved, Cropped, Halved, Like, OnGrid, SideBySide
+from octify.optimize.native.gates import gate_of, is_choice, is_mean, is_mean_of_bands
+from octify.optimize.native.sizes import Chosen, Convolved, Cropped, Halved, Like, OnGrid, SideBySide, Vector
 from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Kind, Shape, Sizes, Step
 from octify.optimize.norms import scale_and_shift
 from octify.optimize.passes import act_of
@@ -55,6 +56,12 @@ class Builder:
             self._pool(node)
         elif node.target is torch.cat:
             self._cat(node)
+        elif is_mean(self.module, node):
+            self.values[node] = self._mean(self.value(cast(fx.Node, node.args[0])))
+        elif is_mean_of_bands(node) or is_choice(node):
+            self._take(node)
+        elif pair := gate_of(node):
+            self._gate(node, *pair)
         elif node.op == "call_module" and not act_of(self.module, node):
             self._module(node, get_module(self.module, str(node.target)))
         else:
@@ -109,7 +116,7 @@ class Builder:
         else:
             scale, shift = (row.float() for row in scale_and_shift(module))
             given = self.beside.get(source)
-            alone = given is not None and given.scale is None and not given.act and len(source.users) == 1
+            alone = given is not None and given.plain and len(source.users) == 1
             parts = self.beside.pop(source).parts if alone else ((self.value(source), len(scale)),)
             self.beside[node] = Beside(parts, scale, shift)
 
@@ -159,6 +166,26 @@ class Builder:
     def _cat(self, node: fx.Node) -> None:
         nodes = cast("list[fx.Node]", node.args[0])
         self.beside[node] = Beside(tuple((self.value(part), _channels(part)) for part in nodes))
+
+    def _mean(self, value: int, high: int | None = None) -> int:
+        return self._emit(Step(Kind.MEAN, self._new(), Vector(value), [Conv(value, *ONE_TAP)], up=high))
+
+    def _take(self, node: fx.Node) -> None:
+        """Channels of a vector, or of both bands' means in the source's order."""
+        if is_choice(node):
+            source = cast(fx.Node, node.args[0])
+            parts, order = ((self.value(source), _channels(source)),), cast("tuple[int, ...]", node.args[1])
+        else:
+            nodes, order = cast("tuple[fx.Node, fx.Node]", node.args[:2]), cast("tuple[int, ...]", node.args[2])
+            high, low = (self.value(band) for band in nodes)
+            means = self._mean(high), self._mean(low, high)
+            parts = tuple((mean, _channels(band)) for mean, band in zip(means, nodes, strict=True))
+        step = Step(Kind.TAKE, self._new(), Chosen(parts[0][0], len(order)), [_reading(Beside(parts))])
+        step.order = tuple(order)
+        self.values[node] = self._emit(step)
+
+    def _gate(self, node: fx.Node, gate: fx.Node, x: fx.Node) -> None:
+        self.beside[node] = Beside(((self.value(x), _channels(x)),), gate=self.value(gate))
 
     def _is_read_in_parts(self, source: fx.Node) -> bool:
         """Whether all that read what is not yet done can do so pixel by pixel: then no map of it is ever written."""
@@ -229,7 +256,7 @@ def _reading(beside: Beside) -> Conv:
 
 
 def _size_of(given: Conv) -> SideBySide:
-    return SideBySide(tuple(given.reads))
+    return SideBySide(tuple(value for value, _ in cast(Beside, given.beside).parts))
 
 
 def _kind_of(convs: Sequence[Pending]) -> Kind:

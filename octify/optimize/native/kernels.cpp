@@ -63,6 +63,44 @@ static void run_pool(const Step& step, const Map* maps, int threads) {
   }
 }
 
+// The mean of each channel. A map on the low grid of another (`up`) counts each position as often as that one has it.
+static void run_mean(const Step& step, const Map* maps, int threads) {
+  const Map &x = maps[step.conv[0].input.map], &out = maps[step.out];
+  const int64_t vectors = (x.c + LANES - 1) / LANES, height = step.up < 0 ? x.h : maps[step.up].h;
+  const int64_t width = step.up < 0 ? x.w : maps[step.up].w, cell = step.up < 0 ? 1 : 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < x.n * vectors; ++task) {
+    const int64_t n = task / vectors, c = task % vectors * LANES, valid = std::min<int64_t>(LANES, x.c - c);
+    const auto at = [&](const float* p) { return valid == LANES ? load(p) : load_some(p, valid); };
+    vec total{};
+    for (int64_t h = 0; h < x.h; ++h) {
+      const float* row = x.data + (n * x.h + h) * x.w * x.c + c;
+      const float* last = row + (x.w - 1) * x.c;
+      vec sums[4] = {};
+      int64_t w = 0;
+      for (; w + 4 <= x.w - 1; w += 4)
+        for (int i = 0; i < 4; ++i, row += x.c) sums[i] += at(row);
+      for (; w < x.w - 1; ++w, row += x.c) sums[0] += at(row);
+      const vec line = (sums[0] + sums[1] + sums[2] + sums[3]) * all(cell) + at(last) * all(width - cell * (x.w - 1));
+      total += line * all(h < x.h - 1 ? cell : height - cell * (x.h - 1));
+    }
+    const vec mean = total / all((float)(height * width));
+    float* to = out.data + n * x.c + c;
+    valid == LANES ? store(to, mean) : store_some(to, mean, valid);
+  }
+}
+
+// Channels of maps side by side in an order of their own.
+static void run_take(const Step& step, const Map* maps) {
+  const Conv& conv = step.conv[0];
+  const Map& out = maps[step.out];
+  std::vector<float> filled(map_of(conv.input, maps).c);
+  for (int64_t pixel = 0; pixel < out.n * out.h * out.w; ++pixel) {
+    fill(conv.input, maps, pixel, 1, filled.data(), filled.size());
+    for (int64_t c = 0; c < out.c; ++c) out.data[pixel * out.c + c] = filled[conv.first[c]];
+  }
+}
+
 extern "C" {
 int64_t octify_wide() { return WIDE; }
 
@@ -81,6 +119,8 @@ void octify_run(const Step* steps, int64_t count, const Map* maps, const float* 
       case GROUPED: run_grouped(*step, maps, threads); break;
       case POOL: run_pool(*step, maps, threads); break;
       case BESIDE: run_beside(*step, maps, threads); break;
+      case MEAN: run_mean(*step, maps, threads); break;
+      case TAKE: run_take(*step, maps); break;
       case GREATEST: run_greatest(*step, maps, zeros, threads); break;
     }
 }

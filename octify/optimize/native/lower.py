@@ -17,6 +17,7 @@ from octify.graph import get_module, set_module, shape_of, value_of
 from octify.octconv import as_tuple
 from octify.optimize.forms import Enter, Leave, LowPool, OutSize, join
 from octify.optimize.native.builder import Builder
+from octify.optimize.native.gates import gate_of, is_choice, is_mean, is_mean_of_bands
 from octify.optimize.native.program import Program
 from octify.optimize.native.steps import small_group, waste
 from octify.optimize.passes import act_of
@@ -99,11 +100,15 @@ class _Natives:
         return zeros and all(self.is_conv(reader) for reader in node.users)
 
     def _kind(self, node: fx.Node) -> bool:
+        if is_mean(self.module, node):
+            return True
         if node.op == "call_function":
             if node.target in (pool_low, average):
                 return node.args[1] in (2, (2, 2))
             if node.target is torch.cat:
                 return _concatenates_channels(node)
+            if is_mean_of_bands(node) or is_choice(node) or gate_of(node):
+                return True
             return (node.target is join and _joins_here(node)) or bool(act_of(self.module, node))
         if node.op == "call_module":
             found = self._module(node)

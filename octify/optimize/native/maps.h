@@ -26,8 +26,8 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
 
-enum Kind { SUM = 0, GROUPED = 1, POOL = 2, BESIDE = 3, GREATEST = 4 };
-enum Act { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4, SIGMOID = 5, TANH = 6 };
+enum Kind { SUM = 0, GROUPED = 1, POOL = 2, BESIDE = 3, GREATEST = 4, MEAN = 5, TAKE = 6 };
+enum Act { NONE = 0, RELU = 1, RELU6 = 2, SILU = 3, HARDSWISH = 4, SIGMOID = 5, TANH = 6, HARDSIGMOID = 7 };
 
 struct Map {
   float* data;
@@ -38,19 +38,20 @@ struct Part {
   int64_t map, channels;
 };
 
-// What is read: a map, or several side by side as act(scale · x + shift) (scale may be none), which never is a whole map.
+// What is read: a map, or several side by side as act(scale · x + shift), which never is a whole map. Scale and shift
+// may be none; a gate is a map of one position, whose numbers are the scale of its image.
 struct Input {
   int64_t map;
   const Part* parts;  // or none
   int64_t count;
   const float *scale, *shift;
-  int64_t act;
+  int64_t act, gate;  // gate: a map or -1
 };
 
 struct Conv {
   Input input;
   const float* weight;   // GROUPED: [tap][of group][channel]
-  const int64_t* first;  // SUM: the first channel that each panel reads
+  const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels
   int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many channels a group has
   int64_t kernel[2], stride[2], before[2], dilation[2];
 };
@@ -95,14 +96,24 @@ static inline vec exponential(vec x) {  // to 2 units in the last place; Cephes'
   return p * (vec)bits;
 }
 
+#if defined(__AVX512F__)
+static inline vec reciprocal(vec x) {  // to about one unit in the last place; a division takes four times as long
+  const vec r = (vec)_mm512_rcp14_ps((__m512)x);
+  return r * (all(2.f) - x * r);
+}
+#else
+static inline vec reciprocal(vec x) { return all(1.f) / x; }
+#endif
+
 static inline vec activate(vec x, int64_t act) {
   switch (act) {
     case RELU: return most(x, all(0.f));
     case RELU6: return least(most(x, all(0.f)), all(6.f));
-    case SILU: return x / (all(1.f) + exponential(-x));
-    case HARDSWISH: return x * least(most(x + all(3.f), all(0.f)), all(6.f)) / all(6.f);
-    case SIGMOID: return all(1.f) / (all(1.f) + exponential(-x));
-    case TANH: return all(2.f) / (all(1.f) + exponential(all(-2.f) * x)) - all(1.f);
+    case SILU: return x * reciprocal(all(1.f) + exponential(-x));
+    case HARDSWISH: return x * least(most(x + all(3.f), all(0.f)), all(6.f)) * all(1.f / 6.f);
+    case SIGMOID: return reciprocal(all(1.f) + exponential(-x));
+    case TANH: return all(2.f) * reciprocal(all(1.f) + exponential(all(-2.f) * x)) - all(1.f);
+    case HARDSIGMOID: return least(most(x + all(3.f), all(0.f)), all(6.f)) * all(1.f / 6.f);
     default: return x;
   }
 }
@@ -170,10 +181,19 @@ ALWAYS_INLINE void fetch(const Out& to, int64_t pixel, int64_t channel, int pixe
 }
 
 // Activations that take room of their own.
-template <int PIXELS, int VECTORS>
-__attribute__((noinline)) static void activate_all(vec (&sum)[PIXELS][VECTORS], int64_t act) {
-  for (int m = 0; m < PIXELS; ++m)
-    for (int i = 0; i < VECTORS; ++i) sum[m][i] = activate(sum[m][i], act);
+template <int ACT>
+static inline void activate_row(vec* sum, int count) {
+  for (int i = 0; i < count; ++i) sum[i] = activate(sum[i], ACT);
+}
+
+__attribute__((noinline)) static void activate_all(vec* sum, int count, int64_t act) {
+  switch (act) {
+    case SILU: return activate_row<SILU>(sum, count);
+    case HARDSWISH: return activate_row<HARDSWISH>(sum, count);
+    case SIGMOID: return activate_row<SIGMOID>(sum, count);
+    case TANH: return activate_row<TANH>(sum, count);
+    case HARDSIGMOID: return activate_row<HARDSIGMOID>(sum, count);
+  }
 }
 
 template <int PIXELS, int VECTORS, class Function>
@@ -195,7 +215,7 @@ ALWAYS_INLINE void activate_in_place(vec (&sum)[PIXELS][VECTORS], int64_t act) {
   for (int m = 0; m < PIXELS; ++m)
 #pragma GCC unroll 2
     for (int i = 0; i < VECTORS; ++i) copy[m][i] = sum[m][i];
-  activate_all(copy, act);
+  activate_all(copy[0], PIXELS * VECTORS, act);
 #pragma GCC unroll 16
   for (int m = 0; m < PIXELS; ++m)
 #pragma GCC unroll 2
@@ -302,17 +322,16 @@ static Map map_of(const Input& input, const Map* maps) {
 }
 
 // Writes some pixels (counted through all images) of maps side by side, `pitch` numbers from one to the next. A vector of
-// channels goes down all pixels, so that its part of the norm stays in registers.
+// channels goes down all pixels, so that its scale and shift stay in registers.
 template <class Activate>
 static inline void fill_as(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
-                           Activate activated) {
+                           const float* scales, Activate activated) {
   int64_t offset = 0;
   for (const Part* part = input.parts; part < input.parts + input.count; offset += part++->channels) {
     const float* x = maps[part->map].data + from * part->channels;
     each_vector(part->channels, [&](int64_t c, auto load, auto store) {
-      const bool normed = input.scale;
-      const vec scale = normed ? load(input.scale + offset + c) : all(1.f);
-      const vec shift = normed ? load(input.shift + offset + c) : all(0.f);
+      const vec scale = scales ? load(scales + offset + c) : all(1.f);
+      const vec shift = input.shift ? load(input.shift + offset + c) : all(0.f);
       const float* in = x + c;
       float* out = to + offset + c;
       for (int64_t i = 0; i < count; ++i, in += part->channels, out += pitch)
@@ -321,10 +340,22 @@ static inline void fill_as(const Input& input, const Map* maps, int64_t from, in
   }
 }
 
+static void fill_by(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
+                    const float* scales) {
+  const int64_t act = input.act;
+  if (act == NONE) fill_as(input, maps, from, count, to, pitch, scales, [](vec x) { return x; });
+  else if (act == RELU) fill_as(input, maps, from, count, to, pitch, scales, [](vec x) { return activate(x, RELU); });
+  else fill_as(input, maps, from, count, to, pitch, scales, [act](vec x) { return activate(x, act); });
+}
+
 static void fill(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch) {
-  if (input.act == NONE) fill_as(input, maps, from, count, to, pitch, [](vec x) { return x; });
-  else if (input.act == RELU) fill_as(input, maps, from, count, to, pitch, [](vec x) { return activate(x, RELU); });
-  else fill_as(input, maps, from, count, to, pitch, [act = input.act](vec x) { return activate(x, act); });
+  if (input.gate < 0) return fill_by(input, maps, from, count, to, pitch, input.scale);
+  const Map &gate = maps[input.gate], &x = maps[input.parts[0].map];
+  for (const int64_t image = x.h * x.w, end = from + count; from < end;) {
+    const int64_t n = from / image, here = std::min(end, (n + 1) * image) - from;
+    fill_by(input, maps, from, here, to, pitch, gate.data + n * gate.c);
+    from += here, to += here * pitch;
+  }
 }
 
 // For some pixels (counted through all images), where each finds its cell in a map of half the size.

@@ -172,7 +172,8 @@ def _may_overwrite(step: Step, value: int) -> list[int]:
     if value != step.out:
         return []
     if step.kind == Kind.BESIDE:
-        return step.reads if len(step.reads) == 1 else []
+        (only,) = step.convs
+        return [only.value] if only.beside is not None and len(only.beside.parts) == 1 else []
     if step.kind != Kind.SUM:
         return []
     elsewhere = {step.up, *(value for conv in step.convs for value in conv.reads)}

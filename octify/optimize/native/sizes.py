@@ -59,6 +59,31 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """A value's channels at one position."""
+
+    value: int
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        n, c, _, _ = sizes[self.value]
+        return n, c, 1, 1
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """So many channels of a value's size."""
+
+    value: int
+    channels: int
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        n, _, h, w = sizes[self.value]
+        return n, self.channels, h, w
+
+
+@dataclass(frozen=True)
 class Convolved:
     """What a convolution or a window gives; `after` is what is padded at the bottom and on the right."""
 

@@ -22,7 +22,7 @@ AT_ONCE = 4  # convolutions, and plain maps, that one step sums
 
 SMALL_GROUPS = (1, 2, 4)  # channels in the groups that a vector holds whole, and that pay
 
-ACTS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "sigmoid": 5, "tanh": 6}
+ACTS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4, "sigmoid": 5, "tanh": 6, "hardsigmoid": 7}
 
 
 class Kind(IntEnum):
@@ -33,16 +33,27 @@ class Kind(IntEnum):
     POOL = 2
     BESIDE = 3
     GREATEST = 4
+    MEAN = 5
+    TAKE = 6
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Values side by side, each with its channels, through a norm (per channel) if there is one, and an activation."""
+    """Values side by side, each with its channels, through a norm (per channel) if there is one, and an activation.
+
+    `gate` is a value (N, C, 1, 1) by which they are multiplied instead.
+    """
 
     parts: tuple[tuple[int, int], ...]
     scale: Tensor | None = None
     shift: Tensor | None = None
     act: str = ""
+    gate: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the values stay as they are."""
+        return self.scale is None and self.gate is None and not self.act
 
 
 @dataclass
@@ -64,7 +75,9 @@ class Conv:
     @property
     def reads(self) -> list[int]:
         """The values that it reads."""
-        return [self.value] if self.beside is None else [value for value, _ in self.beside.parts]
+        if self.beside is None:
+            return [self.value]
+        return [*(value for value, _ in self.beside.parts), *([] if self.beside.gate is None else [self.beside.gate])]
 
     @property
     def small_group(self) -> int:
@@ -85,6 +98,7 @@ class Step:
     pooled: int | None = None
     act: str = ""
     bias: Tensor | None = None
+    order: tuple[int, ...] = ()  # TAKE: which channels, in which order
 
     @property
     def widest(self) -> int:
@@ -126,6 +140,7 @@ class CInput(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
         ("act", ctypes.c_int64),
+        ("gate", ctypes.c_int64),
     ]
 
 
@@ -185,7 +200,7 @@ def structure(step: Step, wide: int) -> Made:
     )
     for conv, row in zip(step.convs, made.conv, strict=False):
         pair = ctypes.c_int64 * 2
-        row.input.map = conv.value
+        row.input.map, row.input.gate = conv.value, -1
         if conv.beside is not None:
             _place_beside(row.input, conv.beside, place)
         row.kernel, row.stride = pair(*conv.kernel), pair(*conv.stride)
@@ -198,6 +213,8 @@ def structure(step: Step, wide: int) -> Made:
         rows, first = pack_weight(conv.weight, conv.groups, panel)
         row.first, row.span = place(first), rows.shape[2]
         packed.append(rows.flatten(1, 2))
+    if step.order:
+        made.conv[0].first = place(torch.tensor(step.order, dtype=torch.int64))
     if not packed:
         return Made(made, kept, None)
     together, outputs = torch.cat(packed, 1), len(cast(Tensor, step.convs[0].weight))
@@ -207,6 +224,7 @@ def structure(step: Step, wide: int) -> Made:
 def _place_beside(row: CInput, beside: Beside, place: Callable[[Tensor], int]) -> None:
     parts = torch.tensor(beside.parts, dtype=torch.int64)
     row.parts, row.count, row.act = place(parts), len(parts), ACTS[beside.act]
+    row.gate = -1 if beside.gate is None else beside.gate
     if beside.scale is not None and beside.shift is not None:
         row.scale, row.shift = (place(values.detach().float().contiguous()) for values in (beside.scale, beside.shift))
 
