@@ -121,3 +121,5 @@ def _use_mode_calls(graph: fx.Graph, flags: dict[fx.Node, list[int | str]], mode
         set_module(model, f"octify_modes.{count}", ModeCall(node.target, positions, names))
         node.op = "call_module"
         node.target = f"octify_modes.{count}"
+    if flags:
+        model.get_submodule("octify_modes").train(model.training)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -192,6 +195,15 @@ def test_train_and_eval_behave_as_in_the_source() -> None:
     assert torch.equal(converted(x), converted(x))
     assert not any(node.target == "aux" for node in converted.graph.nodes), "the auxiliary head runs in eval mode"
     assert len(converted.train()(x)) == 2
+
+
+def test_a_source_in_eval_mode_is_converted_in_eval_mode() -> None:
+    """Without calling `eval()` on the result: that would also wake a dropout that was left in train mode."""
+    x = torch.randn(2, 3, 64, 64)
+    for copied in (lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))):
+        converted = copied(octify.convert(Modes().eval(), alpha=0.5, example_inputs=SHAPE))
+        assert not any(module.training for module in converted.modules())
+        assert torch.equal(converted(x), converted(x))
 
 
 def test_a_trace_leaves_the_source_untouched() -> None:
