@@ -174,14 +174,16 @@ def test_gates_over_both_bands(alpha: float) -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     kernel=st.integers(1, 4), stride=st.integers(1, 3), dilation=st.integers(1, 2), size=st.integers(7, 19),
-    channels=st.integers(1, 40),
+    channels=st.integers(1, 40), ceil_mode=st.booleans(),
 )  # fmt: skip
-def test_max_pooling_norms_and_concatenation(kernel: int, stride: int, dilation: int, size: int, channels: int) -> None:
+def test_max_pooling_norms_and_concatenation(
+    kernel: int, stride: int, dilation: int, size: int, channels: int, ceil_mode: bool
+) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, channels, 1)
-            self.pool = nn.MaxPool2d(kernel, stride, kernel // 2, dilation)
+            self.pool = nn.MaxPool2d(kernel, stride, kernel // 2, dilation, ceil_mode=ceil_mode)
             self.norm = nn.BatchNorm2d(2 * channels)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -340,14 +342,18 @@ def test_the_library_is_one_for_the_process() -> None:
     assert load_library() is load_library()
 
 
-@pytest.mark.parametrize("ceil_mode", [False, True])
-def test_poolings_of_both_bands_are_part_of_the_program(ceil_mode: bool) -> None:
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2, 2), nn.AvgPool2d(2, 2, ceil_mode=True), nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 2, 1),
+     nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(3, 1, 1)],
+    ids=str,
+)  # fmt: skip
+def test_poolings_of_both_bands_are_part_of_the_program(pool: nn.Module) -> None:
     """At even and odd sizes, where the low band's last position is one of its own or none."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2, 2, ceil_mode=ceil_mode),
-                        nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1))  # fmt: skip
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), pool, nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
     octave_net = octify.convert(net, alpha=0.5, example_inputs=(1, 3, 64, 64)).eval()
-    form = build._with_programs(flatten(octave_net, (torch.empty(1, 3, 64, 64, device="meta"),)),
-                                (torch.empty(1, 3, 64, 64, device="meta"),))  # fmt: skip
+    example = (torch.empty(1, 3, 64, 64, device="meta"),)
+    form = build._with_programs(flatten(octave_net, example), example)
     assert form is not None and sum(isinstance(part, Program) for part in form.modules()) == 1
     assert [node.op for node in form.graph.nodes].count("call_module") == 1
     with torch.no_grad():

@@ -98,6 +98,11 @@ class LowPool(nn.Module):
         geometry = (pool.low_kernel, pool.low_stride, pool.left)
         return pool.window.kind == "average" and pool.window.divisor is None and geometry == ((2, 2), (2, 2), (0, 0))
 
+    @property
+    def takes_greatest(self) -> bool:
+        """Whether it takes the greatest value of windows over two axes."""
+        return self.pool.window.kind == "max" and len(self.pool.low_kernel) == 2
+
     def forward(self, low: Tensor, pooled: Tensor) -> Tensor:
         """`pooled` is the pooled high band, whose size the result fits."""
         return self.pool.pool_low(low, pooled.shape[2:])

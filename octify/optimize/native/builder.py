@@ -104,15 +104,17 @@ class Builder:
             self.values[node] = self._halve(value, Halved(Like(value), module.ceil_mode))
         elif isinstance(module, LowPool):
             value, pooled = (self.value(cast(fx.Node, argument)) for argument in node.args)
-            self.values[node] = self._halve(value, OnGrid(value, Halved(Like(pooled))))
+            size, pool = OnGrid(value, Halved(Like(pooled))), module.pool
+            if module.halves:
+                self.values[node] = self._halve(value, size)
+            else:
+                low = (pool.low_kernel, pool.low_stride, pool.left, (1, 1))
+                self.values[node] = self._greatest(Conv(value, *cast("tuple[Any, Any, Any, Any]", low)), size)
         elif isinstance(module, nn.MaxPool2d):
-            pairs = [
-                cast("tuple[int, int]", as_tuple(given, 2))
-                for given in (module.kernel_size, module.stride, module.padding, module.dilation)
-            ]
-            window = Conv(self.value(source), pairs[0], pairs[1], pairs[2], pairs[3])
-            step = Step(Kind.GREATEST, self._new(), Convolved(window, window.before), [window])
-            self.values[node] = self._emit(step)
+            given = (module.kernel_size, module.stride, module.padding, module.dilation)
+            pairs = cast("tuple[Any, Any, Any, Any]", tuple(as_tuple(value, 2) for value in given))
+            window = Conv(self.value(source), *pairs)
+            self.values[node] = self._greatest(window, Convolved(window, window.before, module.ceil_mode))
         else:
             scale, shift = (row.float() for row in scale_and_shift(module))
             given = self.beside.get(source)
@@ -166,6 +168,9 @@ class Builder:
     def _cat(self, node: fx.Node) -> None:
         nodes = cast("list[fx.Node]", node.args[0])
         self.beside[node] = Beside(tuple((self.value(part), _channels(part)) for part in nodes))
+
+    def _greatest(self, window: Conv, size: Callable[[Sizes], Shape]) -> int:
+        return self._emit(Step(Kind.GREATEST, self._new(), size, [window]))
 
     def _mean(self, value: int, high: int | None = None) -> int:
         return self._emit(Step(Kind.MEAN, self._new(), Vector(value), [Conv(value, *ONE_TAP)], up=high))

@@ -113,8 +113,9 @@ class _Natives:
         if node.op == "call_module":
             found = self._module(node)
             norm = type(found) is nn.BatchNorm2d and found.running_var is not None
-            window = type(found) is nn.MaxPool2d and not (found.ceil_mode or found.return_indices)
-            known = norm or window or halves(found) or (type(found) is LowPool and found.halves)
+            window = type(found) is nn.MaxPool2d and not found.return_indices
+            low = type(found) is LowPool and (found.halves or found.takes_greatest)
+            known = norm or window or low or halves(found)
             return known or self.is_conv(node) or self.borders(node) or bool(act_of(self.module, node))
         return bool(act_of(self.module, node))
 

@@ -85,18 +85,28 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Convolved:
-    """What a convolution or a window gives; `after` is what is padded at the bottom and on the right."""
+    """What a convolution or a window gives; `after` is what is padded at the bottom and on the right.
+
+    With `last`, a last window may reach beyond that, if it begins before it: PyTorch's ceil mode.
+    """
 
     conv: Conv
     after: tuple[int, int]
+    last: bool = False
 
     def __call__(self, sizes: Sizes) -> Shape:
         """The shape."""
         conv = self.conv
         n, channels, *lengths = sizes[conv.value]
-        rows = zip(lengths, conv.before, self.after, conv.kernel, conv.dilation, conv.stride, strict=True)
-        h, w = ((x + left + right - d * (k - 1) - 1) // s + 1 for x, left, right, k, d, s in rows)
+        h, w = (self._length(length, axis) for axis, length in enumerate(lengths))
         return n, channels if conv.weight is None else len(conv.weight), h, w
+
+    def _length(self, length: int, axis: int) -> int:
+        conv, stride = self.conv, self.conv.stride[axis]
+        left = conv.before[axis]
+        room = length + left + self.after[axis] - conv.dilation[axis] * (conv.kernel[axis] - 1) - 1
+        found = (room + (stride - 1) * self.last) // stride + 1
+        return found - 1 if self.last and (found - 1) * stride >= length + left else found
 
 
 @dataclass(frozen=True)
