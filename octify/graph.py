@@ -87,11 +87,11 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def meta_copy(model: nn.Module) -> nn.Module:
     """The same modules with tensors on the meta device: shapes and no memory."""
 
-    def to_meta(tensor: Tensor) -> Tensor:
+    def ghost_of(tensor: Tensor) -> Tensor:
         ghost = torch.empty_like(tensor, device="meta")
         return nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
 
-    return structural_copy(model, to_meta)
+    return structural_copy(model, ghost_of)
 
 
 def slice_channels(module: nn.Module, index: tuple[int, ...], channels: int, attributes: tuple[str, ...]) -> nn.Module:
@@ -160,7 +160,7 @@ class _MetaRecorder(fx.Interpreter):
     """Runs a graph on meta tensors and keeps every node's value in `node.meta["value"]`."""
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = to_meta(super().run_node(n))  # what the model makes itself is on the CPU
         n.meta["value"] = value
         return value
 
@@ -169,6 +169,11 @@ class _MetaRecorder(fx.Interpreter):
         if type(self.fetch_attr(target)) in _BATCH_NORMS and len(args) == 1:
             return torch.empty_like(args[0])
         return super().call_module(target, args, kwargs)
+
+
+def to_meta(value: Any) -> Any:
+    """A tensor on the meta device; anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

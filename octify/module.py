@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from importlib import import_module
 from types import FunctionType, MethodType
 from typing import Any, cast
 
 from torch import fx, nn
 
 from octify.graph import map_leaves
-from octify.trace import SymbolicTracer
+from octify.tracer import SymbolicTracer
 
 _SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
 
@@ -95,6 +96,21 @@ class _Ref:
     name: str
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A function by its public name: `F.max_pool2d` and its kin are local to what made them, and do not pickle."""
+
+    module: str
+    name: str
+
+
+def _storable(target: Any) -> Any:
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    known = _Known(target.__module__, target.__name__)
+    return known if getattr(import_module(known.module), known.name, None) is target else target
+
+
 def graph_to_data(graph: fx.Graph) -> list[Any]:
     """A graph as plain tuples, which pickle; the functions in it go by name."""
 
@@ -102,7 +118,8 @@ def graph_to_data(graph: fx.Graph) -> list[Any]:
         return map_leaves(argument, lambda leaf: _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf)
 
     return [
-        (node.name, node.op, node.target, _thaw(plain(node.args)), _thaw(plain(node.kwargs))) for node in graph.nodes
+        (node.name, node.op, _storable(node.target), _thaw(plain(node.args)), _thaw(plain(node.kwargs)))
+        for node in graph.nodes
     ]
 
 
@@ -115,6 +132,7 @@ def graph_from_data(data: list[Any]) -> fx.Graph:
         return map_leaves(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
 
     for name, op, target, args, kwargs in data:
+        target = getattr(import_module(target.module), target.name) if isinstance(target, _Known) else target
         nodes[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)
     return graph
 
