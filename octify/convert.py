@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octify.branches import Branches, takes_branches
 from octify.calibrate.data import Batches, example_of_batches, take_batches
 from octify.calibrate.parts import calibrate_parts
 from octify.calibrate.report import CalibrationReport
@@ -143,6 +144,8 @@ def apply_plan(flows: Flows, decided: Plan) -> OctaveModule:
     object.__setattr__(converted, "octify_recipe", flows.recipe)
     set_origin(converted, Origin.of(flows.trace.model, flows.trace.inputs))
     check_graph(converted, flows, decided)
+    if takes_branches(flows.trace.graph):
+        converted.follow_branches(Branches(flows, decided))
     return converted
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+import torch
 from torch import fx, nn
 
 from octify.graph import map_leaves
@@ -53,10 +56,36 @@ class OctaveModule(fx.GraphModule):
     def train(self, mode: bool = True) -> OctaveModule:
         """Sets the mode, and the graph that belongs to it."""
         super().train(mode)
-        graphs = self.__dict__.get("mode_graphs")
-        if graphs and self.graph is not graphs[mode]:
-            self.graph = graphs[mode]
+        self.use_graph_of_mode()
         return self
+
+    def use_graph_of_mode(self) -> None:
+        """Runs by the graph of the mode that it is in."""
+        graphs = self.__dict__.get("mode_graphs")
+        if graphs and self.graph is not graphs[self.training]:
+            self.graph = graphs[self.training]
+
+    def recompile(self) -> Any:
+        """Makes the graph's code the forward; where that holds for some sizes only, behind a choice of the graph."""
+        code = super().recompile()
+        if "octify_branches" in self.__dict__:
+            cls = cast(Any, type(self))
+            cls.forward = _choosing(cls.forward)
+        return code
+
+    def run_on(self, module: OctaveModule, own: dict[str, nn.Module]) -> None:
+        """Runs on another module's layers and its own few, in that module's mode."""
+        for layer in own.values():
+            layer.train(module.training)
+        self._modules = {**module._modules, **own}
+        self._parameters, self._buffers = module._parameters, module._buffers
+        object.__setattr__(self, "training", module.training)
+        self.use_graph_of_mode()
+
+    def follow_branches(self, branches: FindsGraphs) -> None:
+        """Lets inputs that take the source through other branches run by other graphs."""
+        object.__setattr__(self, "octify_branches", branches)
+        self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OctaveModule:
         state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in _DERIVED}, memo)
@@ -70,6 +99,27 @@ class OctaveModule(fx.GraphModule):
     def _graphs(self) -> tuple[list[Any], dict[bool, list[Any]] | None]:
         graphs = self.__dict__.get("mode_graphs")
         return graph_to_data(self.graph), graphs and {mode: graph_to_data(graph) for mode, graph in graphs.items()}
+
+
+class FindsGraphs(Protocol):
+    """What knows the graphs of a source whose control flow depends on its input's size."""
+
+    def graph_for(self, module: OctaveModule, inputs: tuple[Any, ...]) -> OctaveModule | None:
+        """The module whose forward takes inputs of this size; None is `module` itself."""
+        ...
+
+
+def _choosing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that leaves inputs of other sizes to the graph that they take."""
+
+    @wraps(forward)
+    def chosen(self: OctaveModule, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or torch.compiler.is_compiling():  # a compiled or exported graph is the example's
+            return forward(self, *args, **kwargs)
+        other = cast(FindsGraphs, self.octify_branches).graph_for(self, args)
+        return forward(self, *args) if other is None else other.forward(*args)
+
+    return chosen
 
 
 _DERIVED = {"_graph", "_code", "mode_graphs", "_lineno_map", "_prologue_start"}
@@ -86,6 +136,8 @@ def _restore(
     module = OctaveModule(root, current, class_name=class_name)
     module.__dict__.update(state)
     object.__setattr__(module, "mode_graphs", modes)
+    if "octify_branches" in state:
+        module.recompile()
     return module
 
 

@@ -21,7 +21,7 @@ from octify.tracer import FixedTracer, FreeBatchTracer, GuardedTracer, SymbolicT
 class Trace:
     """What a model computes: a graph over the source's modules with a meta value on every node.
 
-    `how` is "symbolic" (any size), "guarded" (any size at which the model takes the same branches as at the example's),
+    `how` is "symbolic" (any size), "guarded" (along the branches that the model takes at the example's size),
     "free batch" (the example's size, any batch) or "fixed" (the example's shape).
     Where train and eval mode return different things, the graph's output node holds both, and `two_modes` is set.
     """
@@ -88,7 +88,7 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
     graph._tracer_cls = SymbolicTracer  # pyright: ignore[reportPrivateUsage] - pickling retraces with octify's leaves
     notes = {
         "symbolic": [],
-        "guarded": [f"traced along the branches that the model takes at {_shapes(example)}: others raise an error"]
+        "guarded": [f"traced along the branches taken at {_shapes(example)}, once more for sizes that take others"]
         * any(node.target is same_branch_ for node in graph.nodes),
         "free batch": [f"traced with concrete sizes: the converted model runs at {_shapes(example)} only (any batch)"],
         "fixed": [f"traced with concrete shapes: the converted model runs at {_shapes(example)} with this batch only"],

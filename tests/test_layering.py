@@ -29,7 +29,7 @@ rules.*
 rules
 plan
 rewrite check
-parts cost
+parts cost branches
 calibrate
 convert
 conversion
