@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from octify.check import check_graph
 from octify.errors import OctifyError, TraceError
@@ -146,7 +147,8 @@ def _passes(module: OctaveModule, inputs: tuple[Any, ...]) -> bool:
     """Whether a module's graph is the one for inputs of this size."""
     given = map_leaves(inputs, lambda value: value.to("meta") if isinstance(value, Tensor) else value)
     try:
-        fx.Interpreter(meta_copy(module), graph=module.graph).run(*given)
+        with _disable_current_modes():  # what counts or watches operations is not meant
+            fx.Interpreter(meta_copy(module), graph=module.graph).run(*given)
     except TraceError:
         return False
     except Exception:  # the source's own refusal, which the real run repeats

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import octify
 from octify.branches import takes_branches
@@ -79,6 +80,16 @@ def test_another_size_gives_what_a_conversion_for_it_gives() -> None:
         x = torch.randn(size)
         assert torch.equal(model(x), converted(source, shape=size)(x))
         assert meta_copy(model)(x.to("meta")).shape == x[:, :1].expand(-1, 4, -1, -1).shape
+
+
+def test_the_choice_of_a_graph_is_not_counted() -> None:
+    model, x = meta_copy(converted(Decoder())), torch.empty(OTHERS[0], device="meta")
+    counts: list[int] = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_every_branch_trains_the_one_set_of_weights() -> None:
