@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -220,3 +221,20 @@ def nodes_in(argument: object) -> list[fx.Node]:
 def input_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads, by position, repeats kept."""
     return nodes_in((node.args, node.kwargs))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes what it reads, or the state of torch, and so counts without readers."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_method", "call_function") and (in_place or node.target is operator.setitem)
+
+
+def chain_of_views(node: fx.Node) -> list[fx.Node]:
+    """What a node writes to, if it writes in place, and what that may be a view of."""
+    found: list[fx.Node] = []
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node):
+        found.append(source)
+        source = source.args[0] if source.op in ("call_method", "call_function") and source.args else None
+    return found

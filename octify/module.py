@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from operator import attrgetter
 from types import FunctionType, MethodType
 from typing import Any, Protocol, cast
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverloadPacket
 
-from octify.graph import map_leaves
+from octify.graph import map_leaves, writes_in_place
 from octify.tracer import SymbolicTracer
 
 _SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
@@ -157,6 +159,8 @@ class _Known:
 
 
 def _storable(target: Any) -> Any:
+    if isinstance(target, OpOverloadPacket):  # an operation of a library's own, such as torch.ops.torchvision.nms
+        return _Known("torch", f"ops.{cast(Any, target)._qualified_op_name.replace('::', '.')}")
     if "<locals>" not in getattr(target, "__qualname__", ""):
         return target
     known = _Known(target.__module__, target.__name__)
@@ -184,7 +188,7 @@ def graph_from_data(data: list[Any]) -> fx.Graph:
         return map_leaves(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
 
     for name, op, target, args, kwargs in data:
-        target = getattr(import_module(target.module), target.name) if isinstance(target, _Known) else target
+        target = attrgetter(target.name)(import_module(target.module)) if isinstance(target, _Known) else target
         nodes[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)
     return graph
 
@@ -207,12 +211,6 @@ def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
     train, evaluate = cast("tuple[Any, Any]", output.args[0])
     output.args = (train if training else evaluate,)
     for node in reversed(list(copied.nodes)):
-        if not node.users and node.op not in ("output", "placeholder") and not _writes(node):
+        if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
             copied.erase_node(node)
     return copied
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node without readers still does something (in place)."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")

@@ -11,8 +11,9 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from octify.errors import ConversionError
-from octify.graph import has_hooks, nodes_in, tensors_of, value_of
+from octify.graph import chain_of_views, has_hooks, nodes_in, tensors_of, value_of, writes_in_place
 from octify.layout import Layout
+from octify.modes import ModeCall
 from octify.operators import Operator, check_operators, find_operator, transfer_notes
 from octify.recipe import Recipe, Settings
 from octify.reparametrized import computed_by, settled
@@ -231,6 +232,9 @@ class Flows:
         except Dense as refusal:
             self.dense[node] = str(refusal)
             self._want_dense(maps)
+            if writes_in_place(node):  # to the source's tensor, which a merged copy is not
+                for written in maps_in([self.values[source] for source in chain_of_views(node)]):
+                    self.classes.pin(written.ids, f"{describe(node, module)} writes to it in place")
             return _plain(value_of(node))
         self._tie_calls(node, maps, maps_in(value))
         return value
@@ -356,6 +360,8 @@ def _target(node: fx.Node) -> str:
 
 def describe(node: fx.Node, module: object) -> str:
     """What a node is, for messages: the module's type, the function's name or the method's."""
+    if isinstance(module, ModeCall):
+        return f"function {module.extra_repr()}"
     if module is not None:
         return type(module).__name__
     return f"{'method ' if node.op == 'call_method' else 'function '}{_target(node)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
@@ -107,6 +108,10 @@ class SymbolicTracer(fx.Tracer):
 
         return entered, left
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wraps a node."""
+        return WritableProxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A leaf is kept as one call."""
         if rule_of_type(plain_type(m)) is not None:
@@ -116,7 +121,16 @@ class SymbolicTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not holds_convolution(m)
 
 
-class ShapedProxy(fx.Proxy):
+class WritableProxy(fx.Proxy):
+    """A proxy whose items can be assigned."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        tracer = cast(SymbolicTracer, self.tracer)
+        given = tuple(tracer.create_arg(argument) for argument in (self, index, value))
+        tracer.create_node("call_function", operator.setitem, given, {}).meta["value"] = None
+
+
+class ShapedProxy(WritableProxy):
     """A proxy that carries a meta value, so that sizes are real numbers."""
 
     @property
@@ -177,6 +191,15 @@ class ShapedProxy(fx.Proxy):
         cast(FixedTracer, self.tracer).guard(self)
         return bool(self.value)
 
+    def __index__(self) -> int:
+        return cast(FixedTracer, self.tracer).number(self)
+
+    def __int__(self) -> int:
+        return cast(FixedTracer, self.tracer).number(self)
+
+    def __float__(self) -> float:
+        return float(cast(FixedTracer, self.tracer).number(self))
+
     def __ceil__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
 
@@ -199,6 +222,14 @@ class FixedTracer(SymbolicTracer):
 
     def guard(self, proxy: ShapedProxy) -> None:
         """Called when a branch is taken by a number computed from sizes."""
+
+    def number(self, proxy: ShapedProxy) -> Any:
+        """Called where the model needs a number itself (`range(height)`).
+
+        Raises:
+            TraceError: it would be the example's for all inputs.
+        """
+        raise TraceError(f"the model needs {proxy.node} as a number")
 
     def proxy(self, node: fx.Node) -> ShapedProxy:
         """Wraps a node."""
@@ -285,6 +316,15 @@ class GuardedTracer(FreeBatchTracer):
         node = self.create_node("call_method", "size", (proxy.node, axis), {})
         node.meta.update(value=proxy.value.shape[axis], batch=True)
         return self.proxy(node)
+
+    def number(self, proxy: ShapedProxy) -> Any:
+        """The number itself, with a node that raises where it would not be the example's."""
+        if not isinstance(proxy.value, int | float):
+            return super().number(proxy)
+        same = self.create_node("call_function", operator.eq, (proxy.node, proxy.value), {})
+        same.meta.update(value=True, batch=True)
+        self.guard(self.proxy(same))
+        return proxy.value
 
     def device_of(self, proxy: ShapedProxy) -> Any:
         """A symbol: what the model makes there (grids, masks) has sizes that are symbols, so it is no constant."""

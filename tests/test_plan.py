@@ -203,7 +203,7 @@ def test_a_trace_leaves_the_source_untouched() -> None:
 
 
 class Branches(nn.Module):
-    """Its control flow depends on its size; `whole` numbers cannot stay symbols."""
+    """Its control flow depends on its size, which must be a number if `whole`."""
 
     def __init__(self, whole: bool) -> None:
         super().__init__()
@@ -215,7 +215,9 @@ class Branches(nn.Module):
         batch, channels, height, width = x.shape
         if height % 2 == 0:
             x = F.relu(x)
-        for _ in range(height // 62 if self.whole else 1):
+        if self.whole and not isinstance(height, int):
+            raise TypeError("height")
+        for _ in range(height // 62):
             x = x + 1
         return self.b(x).reshape(batch, channels, height * width).mean(2)
 
@@ -225,7 +227,7 @@ def test_branches_by_size_are_the_second_choice_and_guarded() -> None:
     trace = trace_model(model, (torch.empty(1, 3, 64, 64, device="meta"),))
     assert trace.how == "guarded"
     converted = octify.convert(model, alpha=0.0, example_inputs=SHAPE).eval()
-    for size in ((5, 3, 64, 64), (2, 3, 46, 71), (1, 3, 47, 64)):
+    for size in ((5, 3, 64, 64), (2, 3, 46, 71), (1, 3, 47, 64), (1, 3, 200, 64)):
         x = torch.randn(size)
         assert torch.equal(converted(x), model(x))
 

@@ -93,6 +93,61 @@ class Dataclass(Body):
         return Output(self.fc(self.features(x).mean((2, 3))))
 
 
+class Middle(Body):
+    """An operation between two convolutions."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.b(self.operation(self.a(self.stem(x))))
+
+
+class Unpooling(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.last = block(16, 16)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(self.stem(x)))
+        return self.last(self.up(*self.down(x), output_size=x.size()))
+
+
+def glu(x: Tensor) -> Tensor:
+    return F.glu(torch.cat((x, 2 - x), 1), 1)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    return x - F.channel_shuffle(x, 4)
+
+
+def of_two(x: Tensor) -> Tensor:
+    first, second = torch.split(x, x.shape[1] // 2, 1)
+    return torch.cat((torch.max(first, second), torch.where(first > 0.4, second, 0.1)), 1)
+
+
+def dropout(x: Tensor) -> Tensor:
+    return F.dropout(x, 0.5, training=False) + x.masked_fill(x < 0.5, 0.25)
+
+
+def shift(x: Tensor) -> Tensor:
+    """Temporal shift, as written with assignments to slices."""
+    clips = x.view(-1, 1, *x.shape[1:])
+    shifted = torch.zeros_like(clips)
+    shifted[:, :, 4:] = clips[:, :, :-4]
+    shifted[:, :, :4] = 0.5
+    return shifted.view(x.shape)
+
+
+def assigned(x: Tensor) -> Tensor:
+    part = (x * 2)[:, 3:9]
+    part[:, 1] = 0.5
+    x.sinh_()
+    return torch.cat((part, x[:, :10]), 1)
+
+
 class Dispatched(Body):
     """Some of torch's functions are local to what made them, and do not pickle by themselves."""
 
@@ -113,6 +168,23 @@ def test_nothing_low_gives_the_same_bits_at_every_size(kind: type[Body]) -> None
             x = torch.randn(size)
             expected, found = source(x), same(x)
             assert type(expected) is type(found) and same_bits(expected, found)
+
+
+@pytest.mark.parametrize("operation", [glu, shuffle, of_two, dropout, shift, assigned])
+def test_what_stands_between_convolutions_keeps_the_oracles(operation: Callable[[Tensor], Tensor]) -> None:
+    source, x = Middle(operation).eval(), torch.randn(SIZES[2])
+    with torch.no_grad():
+        assert torch.equal(converted(source, 0.0)(x), source(x))
+    opaque = [op.name for op in octify.plan(source, alpha=0.5, example_inputs=SIZES[0]).ops if op.kind == "opaque"]
+    assert bool(opaque) == (operation in (shift, assigned))
+    assert constant_image_error(source, SIZES[0][1:], alpha=0.5) < 1e-12
+
+
+def test_indices_of_a_pool_leave_it_dense_and_unpooling_right() -> None:
+    source, x = Unpooling().eval(), torch.randn(SIZES[2])
+    assert torch.equal(converted(source, 0.0)(x), source(x))
+    assert "it gives several tensors" in str(octify.plan(source, alpha=0.5, example_inputs=SIZES[0]))
+    assert converted(source, 0.5)(x).shape == (3, 4)
 
 
 def test_an_example_of_one_image_runs_with_several_and_tells_of_no_branches() -> None:
