@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ CLOSE = 1e-4
 COLOURS = 4  # tried where rounding is in the way
 
 
-def measure(name: str, family: str = "", limit: float = REAL_LIMIT) -> Row:
-    """Fills a row; whatever fails says so in it. Networks of more than `limit` parameters stay on meta."""
+def measure(name: str, family: str = "", limit: float = REAL_LIMIT, tell: Callable[[Row], None] | None = None) -> Row:
+    """Fills a row; whatever fails says so in it. Networks of more than `limit` parameters stay on meta.
+
+    `tell` is given the row as it is before the oracles, which take most of the time.
+    """
     library, short = name.split(":")
     row = Row(library, short, family)
     start = time.process_time()
@@ -64,7 +67,7 @@ def measure(name: str, family: str = "", limit: float = REAL_LIMIT) -> Row:
         with patch.object(torch, "batch_norm", _batch_norm):
             ghost = build_model(name, device="meta").eval()
             kind = _Detector if detect.is_detector(ghost) else _Census
-            kind(row, name, ghost, limit).run()
+            kind(row, name, ghost, limit).run(tell)
     except Exception as error:
         row.say("census", brief(error))
     row.seconds = f"{time.process_time() - start:.1f}"
@@ -90,7 +93,7 @@ class _Census:
         self.recipe = Recipe.uniform(ALPHA)
         self.parameters = sum(parameter.numel() for parameter in ghost.parameters())
 
-    def run(self) -> None:
+    def run(self, tell: Callable[[Row], None] | None) -> None:
         """Meta tensors first: whether it is a CNN, and what it costs; then real ones."""
         row = self.row
         row.parameters = str(self.parameters)
@@ -118,6 +121,8 @@ class _Census:
         self._sizes()
         row.runs_default = row.runs_default or "no"
         if self.real:
+            if tell is not None:
+                tell(row)
             with self._step("oracles"):
                 self._oracles()
 
