@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -34,17 +35,24 @@ class Branches:
     """
 
     def __init__(self, flows: Flows, plan: Plan) -> None:
-        self.source = meta_copy(flows.trace.model)
+        self.source: nn.Module | None = meta_copy(flows.trace.model)
         self.example = flows.trace.inputs
         self.recipe = _as_planned(flows, plan)
         self.made: list[Branch] = []
         self.chosen: dict[Key, Branch | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Branches:
-        return Branches.__new__(Branches)._fill(self.__getstate__())
+        return Branches.__new__(Branches)._fill(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {"source": self.source, "example": self.example, "recipe": self.recipe}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "example": self.example, "recipe": self.recipe}
+        try:
+            pickle.dumps(self.source)
+        except Exception:  # a class that pickle does not find again: the converted module does not need it
+            return {**self._state(), "source": None}
+        return self._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._fill(state)
@@ -87,6 +95,8 @@ class Branches:
             torch.empty(value.shape, dtype=like.dtype, device="meta") if isinstance(value, Tensor) else value
             for value, like in zip(inputs, self.example, strict=True)
         )
+        if self.source is None:
+            raise TraceError("the source's class cannot be pickled, so a pickle knows the example's branches only")
         flows = Flows(trace_model(self.source, given, ("guarded",)), self.recipe)
         plan = make_plan(flows)
         converted = rewrite_graph(flows, plan)
@@ -97,7 +107,7 @@ class Branches:
 class Branch:
     """A graph over another module's layers, and what it has of its own."""
 
-    def __init__(self, made: OctaveModule, module: OctaveModule, source: nn.Module) -> None:
+    def __init__(self, made: OctaveModule, module: OctaveModule, source: nn.Module | None) -> None:
         self.made = made
         self.own: dict[str, nn.Module] = {}
         for graph in made.mode_graphs.values() if made.mode_graphs else (made.graph,):
@@ -108,8 +118,10 @@ class Branch:
                     _check_attribute(str(node.target), made, module)
         made.recompile()
 
-    def _place(self, path: str, module: OctaveModule, source: nn.Module) -> str:
-        """Where a layer of the graph lies: in the module's tree, or in a place of its own."""
+    def _place(self, path: str, module: OctaveModule, source: nn.Module | None) -> str:
+        """Where a layer of the graph lies: in the module's tree, or, if octify made it and it is without weights, in a
+        place of its own.
+        """
         new, mine = self.made.get_submodule(path), _find(module, path)
         if mine is not None and _same(mine, new) and (_holds_tensors(new) or _find(source, path) is not None):
             return path
@@ -156,9 +168,9 @@ def _passes(module: OctaveModule, inputs: tuple[Any, ...]) -> bool:
     return True
 
 
-def _find(root: nn.Module, path: str) -> nn.Module | None:
+def _find(root: nn.Module | None, path: str) -> nn.Module | None:
     try:
-        return root.get_submodule(path)
+        return root.get_submodule(path) if root is not None else None
     except AttributeError:
         return None
 

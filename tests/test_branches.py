@@ -120,6 +120,16 @@ def test_copies_pickles_and_checkpoints_know_the_branches(tmp_path: Path) -> Non
         assert torch.equal(flat, flat[:, :, :1, :1].expand_as(flat))
 
 
+def test_a_pickle_of_a_local_class_knows_one_way() -> None:
+    class Local(Decoder):
+        pass
+
+    loaded = pickle.loads(pickle.dumps(converted(Local())))
+    assert loaded(torch.randn(SHAPE)).shape == (*SHAPE[:1], 4, *SHAPE[2:])
+    with pytest.raises(TraceError, match="cannot be pickled"):
+        loaded(torch.randn(OTHERS[1]))
+
+
 def test_a_branch_that_the_layers_do_not_fit_is_refused() -> None:
     model = converted(OtherLayers())
     assert model(torch.randn(SHAPE)).shape == (2, 4, 64, 64)
