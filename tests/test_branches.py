@@ -120,6 +120,15 @@ def test_copies_pickles_and_checkpoints_know_the_branches(tmp_path: Path) -> Non
         assert torch.equal(flat, flat[:, :, :1, :1].expand_as(flat))
 
 
+@torch.no_grad()
+def test_the_inference_form_refuses_other_branches() -> None:
+    model = converted(Decoder())
+    fast, x = octify.optimize(model, example_inputs=SHAPE), torch.randn(SHAPE)
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    with pytest.raises(TraceError, match="another branch"):
+        fast(torch.randn(OTHERS[1]))
+
+
 def test_a_pickle_of_a_local_class_knows_one_way() -> None:
     class Local(Decoder):
         pass
