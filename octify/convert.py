@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from octify.branches import Branches, takes_branches
 from octify.calibrate.data import Batches, example_of_batches, take_batches
 from octify.calibrate.parts import calibrate_parts
 from octify.calibrate.report import CalibrationReport
@@ -143,6 +144,8 @@ def apply_plan(flows: Flows, decided: Plan) -> OctaveModule:
     object.__setattr__(converted, "octify_recipe", flows.recipe)
     set_origin(converted, Origin.of(flows.trace.model, flows.trace.inputs))
     check_graph(converted, flows, decided)
+    if takes_branches(flows.trace.graph):
+        converted.follow_branches(Branches(flows, decided))
     return converted
 
 
@@ -269,8 +272,25 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
     if tensors and len(tensors) == len(given):
         return tuple(torch.empty_like(value, device="meta") for value in tensors)
     raise ModelError(
-        f"example_inputs is {given!r}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224"
+        f"example_inputs is {_outline(given)}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224.\n"
+        "  A network that takes lists or dictionaries: put a module around it that takes their tensors one by one."
     )
+
+
+def _outline(given: object) -> str:
+    """A value for messages, tensors by their shapes.
+
+    >>> _outline({"clip": torch.zeros(1, 3), "names": ["a"]})
+    "{'clip': 1x3, 'names': ['a']}"
+    """
+    if isinstance(given, Tensor):
+        return "x".join(map(str, given.shape))
+    if isinstance(given, dict):
+        return "{" + ", ".join(f"{key!r}: {_outline(value)}" for key, value in cast("Any", given).items()) + "}"
+    if isinstance(given, (list, tuple)):
+        inner = ", ".join(_outline(value) for value in cast("list[object]", given))
+        return f"[{inner}]" if isinstance(given, list) else f"({inner})"
+    return repr(given)
 
 
 def _default_shapes(model: nn.Module) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from octify.graph import meta_copy
+from octify.graph import meta_copy, to_meta
 from octify.module import OctaveModule, graph_of_mode
 from octify.trace import Trace
 
@@ -63,7 +63,7 @@ class _Meter(fx.Interpreter):
     written = 0
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = to_meta(super().run_node(n))
         if n.op in ("call_module", "call_function", "call_method"):
             # Views and in-place operations give a storage that they read.
             known = {_storage(tensor) for tensor in _tensors(self.fetch_args_kwargs_from_env(n))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -87,11 +88,11 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def meta_copy(model: nn.Module) -> nn.Module:
     """The same modules with tensors on the meta device: shapes and no memory."""
 
-    def to_meta(tensor: Tensor) -> Tensor:
+    def ghost_of(tensor: Tensor) -> Tensor:
         ghost = torch.empty_like(tensor, device="meta")
         return nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
 
-    return structural_copy(model, to_meta)
+    return structural_copy(model, ghost_of)
 
 
 def slice_channels(module: nn.Module, index: tuple[int, ...], channels: int, attributes: tuple[str, ...]) -> nn.Module:
@@ -160,7 +161,7 @@ class _MetaRecorder(fx.Interpreter):
     """Runs a graph on meta tensors and keeps every node's value in `node.meta["value"]`."""
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        value = to_meta(super().run_node(n))  # what the model makes itself is on the CPU
         n.meta["value"] = value
         return value
 
@@ -169,6 +170,11 @@ class _MetaRecorder(fx.Interpreter):
         if type(self.fetch_attr(target)) in _BATCH_NORMS and len(args) == 1:
             return torch.empty_like(args[0])
         return super().call_module(target, args, kwargs)
+
+
+def to_meta(value: Any) -> Any:
+    """A tensor on the meta device; anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -215,3 +221,20 @@ def nodes_in(argument: object) -> list[fx.Node]:
 def input_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads, by position, repeats kept."""
     return nodes_in((node.args, node.kwargs))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node changes what it reads, or the state of torch, and so counts without readers."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_method", "call_function") and (in_place or node.target is operator.setitem)
+
+
+def chain_of_views(node: fx.Node) -> list[fx.Node]:
+    """What a node writes to, if it writes in place, and what that may be a view of."""
+    found: list[fx.Node] = []
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node):
+        found.append(source)
+        source = source.args[0] if source.op in ("call_method", "call_function") and source.args else None
+    return found

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from operator import attrgetter
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+import torch
 from torch import fx, nn
+from torch._ops import OpOverloadPacket
 
-from octify.graph import map_leaves
-from octify.trace import SymbolicTracer
+from octify.graph import map_leaves, writes_in_place
+from octify.tracer import SymbolicTracer
 
 _SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
 
@@ -52,10 +58,36 @@ class OctaveModule(fx.GraphModule):
     def train(self, mode: bool = True) -> OctaveModule:
         """Sets the mode, and the graph that belongs to it."""
         super().train(mode)
-        graphs = self.__dict__.get("mode_graphs")
-        if graphs and self.graph is not graphs[mode]:
-            self.graph = graphs[mode]
+        self.use_graph_of_mode()
         return self
+
+    def use_graph_of_mode(self) -> None:
+        """Runs by the graph of the mode that it is in."""
+        graphs = self.__dict__.get("mode_graphs")
+        if graphs and self.graph is not graphs[self.training]:
+            self.graph = graphs[self.training]
+
+    def recompile(self) -> Any:
+        """Makes the graph's code the forward; where that holds for some sizes only, behind a choice of the graph."""
+        code = super().recompile()
+        if "octify_branches" in self.__dict__:
+            cls = cast(Any, type(self))
+            cls.forward = _choosing(cls.forward)
+        return code
+
+    def run_on(self, module: OctaveModule, own: dict[str, nn.Module]) -> None:
+        """Runs on another module's layers and its own few, in that module's mode."""
+        for layer in own.values():
+            layer.train(module.training)
+        self._modules = {**module._modules, **own}
+        self._parameters, self._buffers = module._parameters, module._buffers
+        object.__setattr__(self, "training", module.training)
+        self.use_graph_of_mode()
+
+    def follow_branches(self, branches: FindsGraphs) -> None:
+        """Lets inputs that take the source through other branches run by other graphs."""
+        object.__setattr__(self, "octify_branches", branches)
+        self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OctaveModule:
         state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in _DERIVED}, memo)
@@ -69,6 +101,27 @@ class OctaveModule(fx.GraphModule):
     def _graphs(self) -> tuple[list[Any], dict[bool, list[Any]] | None]:
         graphs = self.__dict__.get("mode_graphs")
         return graph_to_data(self.graph), graphs and {mode: graph_to_data(graph) for mode, graph in graphs.items()}
+
+
+class FindsGraphs(Protocol):
+    """What knows the graphs of a source whose control flow depends on its input's size."""
+
+    def graph_for(self, module: OctaveModule, inputs: tuple[Any, ...]) -> OctaveModule | None:
+        """The module whose forward takes inputs of this size; None is `module` itself."""
+        ...
+
+
+def _choosing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that leaves inputs of other sizes to the graph that they take."""
+
+    @wraps(forward)
+    def chosen(self: OctaveModule, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or torch.compiler.is_compiling():  # a compiled or exported graph is the example's
+            return forward(self, *args, **kwargs)
+        other = cast(FindsGraphs, self.octify_branches).graph_for(self, args)
+        return forward(self, *args) if other is None else other.forward(*args)
+
+    return chosen
 
 
 _DERIVED = {"_graph", "_code", "mode_graphs", "_lineno_map", "_prologue_start"}
@@ -85,6 +138,8 @@ def _restore(
     module = OctaveModule(root, current, class_name=class_name)
     module.__dict__.update(state)
     object.__setattr__(module, "mode_graphs", modes)
+    if "octify_branches" in state:
+        module.recompile()
     return module
 
 
@@ -95,6 +150,23 @@ class _Ref:
     name: str
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A function by its public name: `F.max_pool2d` and its kin are local to what made them, and do not pickle."""
+
+    module: str
+    name: str
+
+
+def _storable(target: Any) -> Any:
+    if isinstance(target, OpOverloadPacket):  # an operation of a library's own, such as torch.ops.torchvision.nms
+        return _Known("torch", f"ops.{cast(Any, target)._qualified_op_name.replace('::', '.')}")
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    known = _Known(target.__module__, target.__name__)
+    return known if getattr(import_module(known.module), known.name, None) is target else target
+
+
 def graph_to_data(graph: fx.Graph) -> list[Any]:
     """A graph as plain tuples, which pickle; the functions in it go by name."""
 
@@ -102,7 +174,8 @@ def graph_to_data(graph: fx.Graph) -> list[Any]:
         return map_leaves(argument, lambda leaf: _Ref(leaf.name) if isinstance(leaf, fx.Node) else leaf)
 
     return [
-        (node.name, node.op, node.target, _thaw(plain(node.args)), _thaw(plain(node.kwargs))) for node in graph.nodes
+        (node.name, node.op, _storable(node.target), _thaw(plain(node.args)), _thaw(plain(node.kwargs)))
+        for node in graph.nodes
     ]
 
 
@@ -115,6 +188,7 @@ def graph_from_data(data: list[Any]) -> fx.Graph:
         return map_leaves(argument, lambda leaf: nodes[leaf.name] if isinstance(leaf, _Ref) else leaf)
 
     for name, op, target, args, kwargs in data:
+        target = attrgetter(target.name)(import_module(target.module)) if isinstance(target, _Known) else target
         nodes[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)
     return graph
 
@@ -137,12 +211,6 @@ def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
     train, evaluate = cast("tuple[Any, Any]", output.args[0])
     output.args = (train if training else evaluate,)
     for node in reversed(list(copied.nodes)):
-        if not node.users and node.op not in ("output", "placeholder") and not _writes(node):
+        if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
             copied.erase_node(node)
     return copied
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node without readers still does something (in place)."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,6 +161,18 @@ def same_branch_(found: object, expected: bool) -> None:
             "this input's size takes the source through another branch than the example's: convert with "
             "example_inputs of this size"
         )
+
+
+def enter_(scope: str, *args: Any) -> Any:
+    """Enters a scope of torch's (`no_grad`, `autocast`) where the source's forward does, and gives it."""
+    context = getattr(torch, scope)(*args)
+    context.__enter__()
+    return context
+
+
+def leave_(context: Any) -> None:
+    """Leaves a scope; kept without readers."""
+    context.__exit__(None, None, None)
 
 
 WRAPPED = (

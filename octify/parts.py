@@ -17,7 +17,8 @@ from octify.graph import map_leaves, named_modules, set_module, sharing_copy, st
 from octify.plan import Flows, Plan, asks_for_change, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
-from octify.trace import holds_convolution, trace_model
+from octify.trace import trace_model
+from octify.tracer import holds_convolution
 
 Parts = Sequence[tuple[str, Flows]]
 

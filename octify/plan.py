@@ -11,10 +11,12 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from octify.errors import ConversionError
-from octify.graph import has_hooks, nodes_in, tensors_of, value_of
+from octify.graph import chain_of_views, has_hooks, nodes_in, tensors_of, value_of, writes_in_place
 from octify.layout import Layout
+from octify.modes import ModeCall
 from octify.operators import Operator, check_operators, find_operator, transfer_notes
 from octify.recipe import Recipe, Settings
+from octify.reparametrized import computed_by, settled
 from octify.rules import rule_for
 from octify.rules.base import Dense, Map, Op, Plain, Rule, maps_in
 from octify.ties import Classes, Ranking
@@ -197,12 +199,16 @@ class Flows:
         module = self.trace.module_of(node)
         settings = self._settings(node, module)
         stem = self.recipe.defaults.stem == "dense" and settings.source == "default"
-        op = Op(node, module, self.values, self._as_largest(node, settings), stem)
-        rule = rule_for(node, module)
+        plain = settled(module) if module is not None else None
+        op = Op(node, plain, self.values, self._as_largest(node, settings), stem)
+        rule = rule_for(node, plain)
         if rule is not None and not rule.applies(op):
             rule = None
         self.rules[node] = rule
         maps = op.maps
+        if makes_record(node):
+            self._want_dense(maps)
+            return _plain(value_of(node))
         if not maps and (rule is None or rule.kind != "chooses"):
             image = any(isinstance(value, Plain) and value.image for value in self._inputs(node))
             return _plain(value_of(node), image=image)
@@ -211,7 +217,7 @@ class Flows:
         try:
             if settings.keep and rule is not None:
                 raise Dense("kept dense by the recipe")
-            if module is not None and has_hooks(module):
+            if plain is not None and (has_hooks(plain) or (plain is not module and rule and rule.kind != "chooses")):
                 raise Dense("it has hooks, which expect the source's maps and weights")
             if module is not None and str(node.target) in self.lent:
                 raise Dense("its weights are read elsewhere too")
@@ -221,9 +227,14 @@ class Flows:
             if rule.kind == "chooses" and module is not None and not operator.bands:
                 return self._take(op, operator)
             value = rule.flow(op, self.classes)
+            if plain is not module:
+                self.classes.note(f"plain from now on, with the weights that {' '.join(computed_by(module))} gives now")  # pyright: ignore
         except Dense as refusal:
             self.dense[node] = str(refusal)
             self._want_dense(maps)
+            if writes_in_place(node):  # to the source's tensor, which a merged copy is not
+                for written in maps_in([self.values[source] for source in chain_of_views(node)]):
+                    self.classes.pin(written.ids, f"{describe(node, module)} writes to it in place")
             return _plain(value_of(node))
         self._tie_calls(node, maps, maps_in(value))
         return value
@@ -279,7 +290,7 @@ class Flows:
         ]
         gives = [self._layout(found) for found in maps_in(self.values[node])]
         has_maps = bool(reads or gives) or node in self.dense or node in self.taken
-        kind = "plain" if not has_maps else "opaque" if rule is None else rule.kind
+        kind = "plain" if not has_maps or makes_record(node) else "opaque" if rule is None else rule.kind
         form = self._form(node, rule, reads, gives)
         options: dict[str, Any] = {}
         notes = list(self.classes.notes_of(node.name)) if form != "dense" else []
@@ -322,6 +333,11 @@ def _has_weights(module: Any) -> bool:
     return any(True for _ in tensors_of(module))
 
 
+def makes_record(node: fx.Node) -> bool:
+    """Whether a node only puts values into a dataclass or a dictionary of a kind of its own."""
+    return node.op == "call_function" and isinstance(node.target, type)
+
+
 def _size(node: fx.Node) -> int:
     """How many elements a node's tensor has."""
     value = value_of(node)
@@ -344,6 +360,8 @@ def _target(node: fx.Node) -> str:
 
 def describe(node: fx.Node, module: object) -> str:
     """What a node is, for messages: the module's type, the function's name or the method's."""
+    if isinstance(module, ModeCall):
+        return f"function {module.extra_repr()}"
     if module is not None:
         return type(module).__name__
     return f"{'method ' if node.op == 'call_method' else 'function '}{_target(node)}"

@@ -16,7 +16,7 @@ from octify.module import OctaveModule
 from octify.operators import find_operator
 from octify.plan import Flows, Plan, PlanOp
 from octify.rules.base import Bands, Map
-from octify.trace import SymbolicTracer
+from octify.tracer import SymbolicTracer
 
 
 def rewrite_graph(flows: Flows, plan: Plan) -> OctaveModule:

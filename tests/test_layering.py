@@ -16,19 +16,20 @@ layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
 recipe origin
 kernels resample bands graph
-routes ops modes
+routes ops modes reparametrized
 octbase compconv pooling
 octconv compweights
 transposed linear
 layers
 rules.base
-trace ties norms operators
+tracer ties norms operators
+trace
 module
 rules.*
 rules
 plan
 rewrite check
-parts cost
+parts cost branches
 calibrate
 convert
 conversion

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 import octify
 from octify.convert import choose_recipe, read_flows
-from octify.errors import ConversionError, RecipeError, TraceError
+from octify.errors import ConversionError, RecipeError
 from octify.layout import Layout
 from octify.module import OctaveModule
 from octify.oracles import ReplicatePadding
@@ -216,7 +215,7 @@ def test_a_trace_leaves_the_source_untouched() -> None:
 
 
 class Branches(nn.Module):
-    """Its control flow depends on its size; `whole` numbers cannot stay symbols."""
+    """Its control flow depends on its size, which must be a number if `whole`."""
 
     def __init__(self, whole: bool) -> None:
         super().__init__()
@@ -228,7 +227,9 @@ class Branches(nn.Module):
         batch, channels, height, width = x.shape
         if height % 2 == 0:
             x = F.relu(x)
-        for _ in range(height // 62 if self.whole else 1):
+        if self.whole and not isinstance(height, int):
+            raise TypeError("height")
+        for _ in range(height // 62):
             x = x + 1
         return self.b(x).reshape(batch, channels, height * width).mean(2)
 
@@ -238,11 +239,9 @@ def test_branches_by_size_are_the_second_choice_and_guarded() -> None:
     trace = trace_model(model, (torch.empty(1, 3, 64, 64, device="meta"),))
     assert trace.how == "guarded"
     converted = octify.convert(model, alpha=0.0, example_inputs=SHAPE).eval()
-    for size in ((5, 3, 64, 64), (2, 3, 46, 71)):
+    for size in ((5, 3, 64, 64), (2, 3, 46, 71), (1, 3, 47, 64), (1, 3, 200, 64)):
         x = torch.randn(size)
         assert torch.equal(converted(x), model(x))
-    with pytest.raises(TraceError, match="another branch"):
-        converted(torch.randn(1, 3, 47, 64))
 
 
 def test_concrete_shapes_are_the_third_choice_and_keep_the_batch_free() -> None:
@@ -289,27 +288,19 @@ def test_a_depthwise_convolution_on_a_dense_map_stays_dense() -> None:
     assert gives(octify.plan(net, recipe=recipe, example_inputs=SHAPE), "2") == "8h"
 
 
-@pytest.mark.parametrize("wrap", ["weight_norm", "pruning", "hook", "parametrized"])
-def test_a_layer_with_hooks_stays_as_it_is(wrap: str) -> None:
+def test_a_layer_with_a_hook_of_the_users_stays_as_it_is() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
     net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *layers, nn.Conv2d(16, 8, 1))
     seen: list[tuple[int, ...]] = []
-    if wrap == "weight_norm":
-        nn.utils.weight_norm(net[3])
-    elif wrap == "pruning":
-        prune.random_unstructured(net[3], "weight", amount=0.5)
-    elif wrap == "parametrized":
-        nn.utils.parametrizations.weight_norm(net[3])
-    else:
-        net[3].register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    net[3].register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     octave = octify.convert(net.eval(), alpha=0.5, example_inputs=(1, 3, 32, 32)).eval()
     made = {op.target for op in octify.plan_of(octave).converted}
     assert "3" not in made and made
     with torch.no_grad():
         seen.clear()
         octave(torch.rand(1, 3, 32, 32))
-        assert seen == ([(1, 16, 32, 32)] if wrap == "hook" else [])
+        assert seen == [(1, 16, 32, 32)]
     octave.train()(torch.rand(1, 3, 32, 32)).mean().backward()
     assert all(p.grad is not None for p in octave.parameters())
 

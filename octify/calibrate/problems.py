@@ -25,6 +25,7 @@ from octify.layout import Layout
 from octify.linear import OctLinear
 from octify.octbase import OctBase
 from octify.octconv import as_tuple, conv_axes
+from octify.reparametrized import computed_by
 from octify.resample import average, pool_low
 from octify.routes import Route, enter
 from octify.transposed import OctConvTranspose, OctConvTranspose1d, OctConvTranspose2d, OctConvTranspose3d
@@ -266,8 +267,9 @@ TRANSPOSED: dict[type[nn.Module], type[OctConvTranspose]] = {
 
 
 def can_fit(module: nn.Module) -> bool:
-    """Whether a layer's kind can be fitted; of dense ones not those that standardise their weights when they run."""
-    return isinstance(module, OctBase | CompConv) or type(module) in (*DENSE, *TRANSPOSED, nn.Linear)
+    """Whether a layer's kind can be fitted; of dense ones not those that compute their weights when they run."""
+    dense = type(module) in (*DENSE, *TRANSPOSED, nn.Linear) and not computed_by(module)
+    return isinstance(module, OctBase | CompConv) or dense
 
 
 def problems_of(module: nn.Module) -> list[Problem]:

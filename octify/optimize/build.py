@@ -36,6 +36,7 @@ class Pass:
 
 
 PASSES = (
+    Pass("computed weights", passes.settle_weights),
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from octify.graph import get_module, value_of
+from octify.graph import get_module, named_modules, set_module, value_of
 from octify.optimize.forms import join
+from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
 
 IDLE = (
@@ -34,6 +35,14 @@ FUNCTION_ACTS: dict[Callable[..., Any], str] = {
     torch.tanh: "tanh", F.tanh: "tanh",
 }  # fmt: skip
 METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
+
+
+def settle_weights(module: fx.GraphModule) -> int:
+    """Before: weights computed at each call (weight norm).   After: the weights."""
+    found = [(path, child) for path, child in named_modules(module) if path and computed_by(child)]
+    for path, child in found:
+        set_module(module, path, settled(child))
+    return len(found)
 
 
 def drop_idle(module: fx.GraphModule) -> int:

@@ -148,9 +148,10 @@ class Op:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The output's shape at the example's size."""
+        """The output's shape at the example's size; several tensors (a pool's indices) have none."""
         shape = shape_of(value_of(self.node))
-        assert shape is not None, f"{self.node} has no tensor shape"
+        if shape is None:
+            raise Dense("it gives several tensors")
         return shape
 
     def too_small(self, size: Iterable[int]) -> bool:

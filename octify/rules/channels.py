@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torchvision.ops
 from torch import fx, nn
+from torch.nn import functional as F
 
 from octify.graph import input_nodes, nodes_in, value_of
 from octify.layout import Layout
@@ -116,6 +117,53 @@ class Pieces(Rule):
             found.append(select(build, source, np.arange(start, start + piece.ids.size), piece))
             start += piece.ids.size
         return tuple(found)
+
+
+class Glu(Rule):
+    """Gated linear units: one half of the channels times the sigmoid of the other, which has the same layout."""
+
+    kind = "joins"
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """Ties the halves, channel by channel."""
+        (found,) = op.maps
+        if found.channel != (self._axis(op) % len(found.shape),):
+            raise Dense("it gates along another axis than the channels")
+        first, second = np.split(found.ids, 2)
+        ties.tie(first, second)
+        return found.with_ids(first, op.shape)
+
+    def _axis(self, op: Op) -> int:
+        return cast(Any, op.module).dim if op.module is not None else op.concrete(1, "dim", -1)
+
+    def emit(self, op: Op, build: Build) -> Bands:
+        """The same function once a band: the halves lie one behind the other in each."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        given: Map = op.values[op.node]
+        high, low = (build.function(F.glu, band, given.channel[0]) for band in (source.high, source.low))
+        return Bands(high, low, build.layout(given), given)
+
+
+class Shuffle(Rule):
+    """Channel shuffle as one operation: channels in another order."""
+
+    kind = "splits"
+
+    def flow(self, op: Op, ties: Ties) -> Map:
+        """The same channels in another order."""
+        (found,) = op.maps
+        if found.channel != (1,):
+            raise Dense("its channels are not at axis 1")
+        return found.with_ids(found.ids[self._order(op, found)], op.shape)
+
+    def _order(self, op: Op, found: Map) -> Ids:
+        groups = cast(Any, op.module).groups if op.module is not None else op.concrete(1, "groups")
+        return np.transpose(np.reshape(np.arange(found.ids.size), (groups, -1))).ravel()
+
+    def emit(self, op: Op, build: Build) -> Any:
+        """Reorders each band's channels."""
+        source: Bands = build.value(input_nodes(op.node)[0])
+        return select(build, source, self._order(op, source.map), op.values[op.node])
 
 
 class GetItem(Rule):
@@ -300,6 +348,8 @@ class Shape(Rule):
 
 register(Cat(), functions=(torch.cat, torch.concat, torch.concatenate))
 register(Pieces(), functions=(torch.chunk, torch.split, torch.unbind), methods=("chunk", "split"))
+register(Glu(), modules=(nn.GLU,), functions=(F.glu,))
+register(Shuffle(), modules=(nn.ChannelShuffle,), functions=(torch.channel_shuffle,))  # also F.channel_shuffle
 register(GetItem(), functions=(operator.getitem,))
 register(
     View(), functions=(torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten), modules=(nn.Flatten,),

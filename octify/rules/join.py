@@ -13,9 +13,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from octify.graph import input_nodes, map_nodes
+from octify.graph import input_nodes, map_nodes, value_of
 from octify.layers import pool_low
 from octify.layout import Layout
+from octify.modes import ModeCall
 from octify.ops import take_channels
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
 
@@ -41,6 +42,8 @@ class Elementwise(Rule):
             ties.tie(first.ids, found.ids)
         for node in input_nodes(op.node):
             value = op.values[node]
+            if isinstance(value, Plain) and value.shape == shape and not _has_mean(node):
+                raise Dense("an operand is no map of numbers: it cannot be pooled")
             if _role(value, first, shape) == "odd":
                 raise Dense(f"an operand of shape {getattr(value, 'shape', value)} broadcasts over a part of the axes")
             if isinstance(value, Map) and value.shape != shape:
@@ -54,6 +57,12 @@ class Elementwise(Rule):
         operands = {node: _operand(op, build, node, given, layout) for node in input_nodes(op.node)}
         high, low = (_call(op, build, {node: pair[band] for node, pair in operands.items()}) for band in (0, 1))
         return Bands(high, low, layout, given)
+
+
+def _has_mean(node: fx.Node) -> bool:
+    """Whether a tensor's elements have a mean."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _call(op: Op, build: Build, operands: dict[fx.Node, Any]) -> fx.Node:
@@ -110,6 +119,22 @@ def _operand(op: Op, build: Build, node: fx.Node, like: Map, layout: Layout) -> 
     return dense, build.function(pool_low, dense, len(like.spatial))
 
 
+class InBothModes(Elementwise):
+    """A function that is told whether the network is training: `F.dropout(x, training=self.training)`."""
+
+    def applies(self, op: Op) -> bool:
+        """Whether the function is elementwise."""
+        return op.module is not None and op.module.function in ACTIVATION_FUNCTIONS
+
+
+class OfTwo(Elementwise):
+    """`torch.max` and `torch.min` of two tensors; of one they reduce."""
+
+    def applies(self, op: Op) -> bool:
+        """Whether the second argument is a tensor."""
+        return isinstance(op.argument(1, "other"), Map | Plain)
+
+
 class SharedDrop(nn.Module):
     """Drops whole samples of a residual branch, the same ones in both bands."""
 
@@ -161,22 +186,26 @@ ACTIVATION_FUNCTIONS: tuple[Any, ...] = (
     F.threshold, F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout, F.relu_, F.leaky_relu_, F.elu_,
     torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.sqrt, torch.rsqrt,
     torch.square, torch.clamp, torch.pow, torch.clone, torch.neg, torch.sign, torch.reciprocal, torch.log,
-    _operator.neg, _operator.pow, abs,
+    torch.sin, torch.cos, torch.log1p, _operator.neg, _operator.pow, abs,
 )  # fmt: skip
 
 JOIN_FUNCTIONS: tuple[Any, ...] = (
     _operator.add, _operator.sub, _operator.mul, _operator.truediv, _operator.iadd, _operator.isub, _operator.imul,
     _operator.itruediv, torch.add, torch.sub, torch.subtract, torch.mul, torch.multiply, torch.div, torch.divide,
-    torch.true_divide, torch.maximum, torch.minimum, torch.lerp, torch.addcmul,
+    torch.true_divide, torch.maximum, torch.minimum, torch.lerp, torch.addcmul, torch.where, _operator.gt, _operator.ge,
+    _operator.lt, _operator.le,
 )  # fmt: skip
 
 METHODS = (
     "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "exp", "abs", "sqrt", "rsqrt", "square", "clamp",
     "clamp_", "clamp_min", "clamp_max", "pow", "clone", "neg", "contiguous", "detach", "float", "half", "bfloat16",
     "double", "to", "type_as", "type", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum",
-    "minimum", "expand_as", "hardsigmoid", "lerp", "reciprocal", "log", "requires_grad_",
+    "minimum", "expand_as", "hardsigmoid", "lerp", "reciprocal", "log", "requires_grad_", "where", "masked_fill", "sin",
+    "cos", "log1p", "abs_", "neg_", "clip",
 )  # fmt: skip
 
 register(Elementwise(), modules=dict.fromkeys(ACTIVATION_MODULES))
 register(Elementwise(), functions=dict.fromkeys((*ACTIVATION_FUNCTIONS, *JOIN_FUNCTIONS)), methods=METHODS)
 register(DropSamples(), modules=(DropPath, StochasticDepth))
+register(InBothModes(), modules=(ModeCall,))
+register(OfTwo(), functions=(torch.max, torch.min))

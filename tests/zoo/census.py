@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.zoo.row import COVERAGE, OTHERS, Row, read_rows, write_rows
 from tests.zoo.summary import write_summary
 
 SECONDS, GIB, LIFE = 240.0, 10, 60  # a network's bounds; networks in the life of a worker
+DONE = "done\n"  # behind a row's last line
 PARAMETERS = 25e6  # for each GiB: four copies of more would not fit
 
 
@@ -65,20 +67,20 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(self.seconds, process.kill)
         timer.start()
-        try:
+        line, lines = "", list[str]()  # the row before its oracles, and the whole
+        with suppress(OSError):
             process.stdin.write(f"{name}\n")
             process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError:
-            line = ""
-        late = timer.finished.is_set() and not line
+            while (line := process.stdout.readline()) and line != DONE:
+                lines.append(line)
+        whole, late = bool(line), timer.finished.is_set()
         timer.cancel()
         self.served += 1
-        if line:
-            return Row(**json.loads(line))
         library, short = name.split(":")
-        row = Row(library, short, family_of(name))
-        row.say("census", f"more than {self.seconds:g} s" if late else "the worker died, most likely out of memory")
+        row = Row(**json.loads(lines[-1])) if lines else Row(library, short, family_of(name))
+        why = f"more than {self.seconds:g} s" if late else "the worker died, most likely out of memory"
+        if not whole:
+            row.say(*(("oracles", f"not run, {why}") if lines else ("census", why)))
         return row
 
     def _start(self) -> None:
@@ -106,10 +108,14 @@ def _serve(gib: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (gib * 2**30, gib * 2**30))
     out = sys.stdout
     sys.stdout = sys.stderr
+
+    def tell(row: Row, end: str = "") -> None:
+        out.write(f"{json.dumps(asdict(row))}\n{end}")
+        out.flush()
+
     for line in sys.stdin:
         name = line.strip()
-        out.write(json.dumps(asdict(measure(name, family_of(name), gib * PARAMETERS))) + "\n")
-        out.flush()
+        tell(measure(name, family_of(name), gib * PARAMETERS, tell), DONE)
         gc.collect()  # converted models hold cycles
 
 

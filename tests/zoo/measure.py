@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ CLOSE = 1e-4
 COLOURS = 4  # tried where rounding is in the way
 
 
-def measure(name: str, family: str = "", limit: float = REAL_LIMIT) -> Row:
-    """Fills a row; whatever fails says so in it. Networks of more than `limit` parameters stay on meta."""
+def measure(name: str, family: str = "", limit: float = REAL_LIMIT, tell: Callable[[Row], None] | None = None) -> Row:
+    """Fills a row; whatever fails says so in it. Networks of more than `limit` parameters stay on meta.
+
+    `tell` is given the row as it is before the oracles, which take most of the time.
+    """
     library, short = name.split(":")
     row = Row(library, short, family)
     start = time.process_time()
@@ -64,7 +67,7 @@ def measure(name: str, family: str = "", limit: float = REAL_LIMIT) -> Row:
         with patch.object(torch, "batch_norm", _batch_norm):
             ghost = build_model(name, device="meta").eval()
             kind = _Detector if detect.is_detector(ghost) else _Census
-            kind(row, name, ghost, limit).run()
+            kind(row, name, ghost, limit).run(tell)
     except Exception as error:
         row.say("census", brief(error))
     row.seconds = f"{time.process_time() - start:.1f}"
@@ -90,7 +93,7 @@ class _Census:
         self.recipe = Recipe.uniform(ALPHA)
         self.parameters = sum(parameter.numel() for parameter in ghost.parameters())
 
-    def run(self) -> None:
+    def run(self, tell: Callable[[Row], None] | None) -> None:
         """Meta tensors first: whether it is a CNN, and what it costs; then real ones."""
         row = self.row
         row.parameters = str(self.parameters)
@@ -118,6 +121,8 @@ class _Census:
         self._sizes()
         row.runs_default = row.runs_default or "no"
         if self.real:
+            if tell is not None:
+                tell(row)
             with self._step("oracles"):
                 self._oracles()
 
@@ -202,13 +207,15 @@ class _Census:
         self._train_step(lambda model: model(*image))
 
     def _small_image(self) -> tuple[Tensor, ...] | None:
-        """Random images of the smallest size at which the source runs; the traced size where that is fixed."""
+        """Random images of the smallest size at which the source runs, one alone if that is its default of some hundred
+        pixels; the traced size where that is fixed.
+        """
         if self.row.traced not in (*SIZED, "parts"):
             return tuple(torch.rand(2, *shape) for shape in self.shapes)
         nets = (self.ghost, self.octave) if self.row.traced == "guarded" else (self.ghost,)
-        for size in (*SMALL, 0):
+        for size, batch in (*((size, 2) for size in SMALL), (0, 1), (0, 2)):
             for frames in (FRAMES, 0) if len(self.shapes[0]) > 3 else (0,):
-                image = tuple(torch.rand(2, *_cut(shape, frames, size)) for shape in self.shapes)
+                image = tuple(torch.rand(batch, *_cut(shape, frames, size)) for shape in self.shapes)
                 ghosts = [value.to("meta") for value in image]
                 if all(try_run(net.train(mode), ghosts) is not None for net in nets for mode in (True, False)):
                     return image
@@ -252,21 +259,22 @@ class _Census:
         example = map_tensors(flows.trace.inputs, Tensor.double)
         again = Flows(trace_model(source, example, (flows.trace.how,)), flows.recipe, flows.prefix, flows.image)
         octave = apply_plan(again, make_plan(again)).eval()
-        error, best = float("inf"), flat
+        error, best, where = float("inf"), flat, ""
         for seed in range(COLOURS):
             colour = map_tensors(flat, recoloured(seed))
             if (found := flat_error(source, octave, colour)) < error:
                 error, best = found, colour
-            if error < CLOSE:
+            where = "" if error < CLOSE else first_uneven(source, *best)
+            if error < CLOSE or where:
                 break
         if error < CLOSE:
             self.row.say("oracle 2", f"rounding, {single:.1e} in single precision")
+        elif where:
+            self.row.say("oracle 2", f"{where} depends on position: its map of a constant image is uneven")
         elif (moved := sensitivity(source, best)) >= error / 4:
             self.row.say("oracle 2", f"the source itself moves by {moved:.1e} when a constant image does by {NUDGE:g}")
         else:
-            where = first_uneven(source, *best)
-            why = f"{where} depends on position: its map of a constant image is uneven" if where else "a fault"
-            self.row.say("oracle 2", why)
+            self.row.say("oracle 2", "a fault")
         return error
 
     def _train_step(self, forward: Forward) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from octify.trace import SIZED
 from tests.zoo.row import COVERAGE, OTHERS, Row, read_rows
 
 README = Path(__file__).parents[2] / "README.md"
@@ -42,7 +43,7 @@ def lines(rows: list[Row]) -> list[tuple[str, ...]]:
             "runs at other sizes, where the source does",
             lambda r: None if r.runs_other in ("-", "") else r.runs_other == "yes",
         ),
-        ("traced symbolically: any size", lambda r: r.traced in ("symbolic", "parts")),
+        ("traced with open sizes", lambda r: r.traced in (*SIZED, "parts")),
         ("alpha 0: every output bit and key the same", lambda r: None if not r.oracle1 else r.oracle1 == "exact"),
         ("constant image: below 1e-4 of the dense net", _oracle2),
         ("train step reaches every parameter", lambda r: None if r.train_step in ("", "-") else r.train_step == "yes"),

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from octify.graph import get_module, set_module, shape_of, value_of
+from octify.graph import get_module, set_module, shape_of, value_of, writes_in_place
 from octify.octconv import as_tuple
 from octify.optimize.forms import Enter, Leave, LowPool, OutSize, join
 from octify.optimize.native.builder import Builder
@@ -34,16 +34,21 @@ def lower_native(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if known.borders(node) and known.holds(node):
             _read_map(module, node)
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(_counts)
     count = 0
     for segment in _segments(module.graph, known):
         if any(known.works(node) for node in segment):
             _replace(module, segment, f"octify_program_{count}")
             count += 1
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(_counts)
     module.graph.lint()
     module.recompile()
     return count
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node does something without readers."""
+    return node.is_impure() or writes_in_place(node)
 
 
 def _segments(graph: fx.Graph, known: _Natives) -> list[list[fx.Node]]:
@@ -77,12 +82,11 @@ class _Natives:
 
     def mutates(self, node: fx.Node) -> bool:
         """Whether a node writes over what it reads, so that its place in the order matters."""
-        if node.op == "call_method":
-            return str(node.target).endswith("_")
-        if node.op == "call_function":
-            name = str(getattr(node.target, "__name__", ""))
-            return node.target in IN_PLACE or name.endswith("_") or bool(node.kwargs.get("inplace"))
-        return node.op == "call_module" and bool(getattr(self._module(node), "inplace", False))
+        if node.op == "call_function" and (node.target in IN_PLACE or node.kwargs.get("inplace")):
+            return True
+        if node.op != "call_module":
+            return writes_in_place(node)
+        return bool(getattr(self._module(node), "inplace", False))
 
     def _module(self, node: fx.Node) -> nn.Module:
         return get_module(self.module, str(node.target))
