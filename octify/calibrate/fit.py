@@ -7,7 +7,7 @@ what came before. The fold is the prior.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS
-from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
+from octify.calibrate.walk import Chunk, Values, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.layers import Split
 from octify.module import OctaveModule
@@ -55,27 +55,30 @@ def fit_kernels(
     dice = torch.Generator().manual_seed(seed)
     source, octave = walk_dense(trace, chunks), walk_octave(converted, chunks)
     partner = pair_layers(source.nodes, converted)
-    dense_nodes = iter(source.nodes)
     fitted: list[Fitted] = []
+    for node in _to_fit(octave.nodes, partner, converted, dense_too):
+        targets, inputs = source.run_through(partner[node]), octave.run_before(node)
+        fitted += _fit_layer(converted, node, inputs, targets, strengths, dice)
+        if progress:
+            progress(str(node.target))
+    return Fit(fitted, source.run(), octave.run())
+
+
+def _to_fit(
+    nodes: Sequence[fx.Node], partner: Container[fx.Node], converted: OctaveModule, dense_too: bool
+) -> list[fx.Node]:
+    """The first calls of layers that are octave, or that octave ones reach; `nodes` in the order of execution."""
+    found: dict[str, fx.Node] = {}  # a module called again keeps what its first call was fitted to
     changed: set[fx.Node] = set()
-    done: set[str] = set()
-    for node in octave.nodes:
+    for node in nodes:
         altered = any(reads in changed for reads in node.all_input_nodes)
         if node in partner:
-            name, module = str(node.target), converted.get_submodule(str(node.target))
-            outputs = _run_until(source, dense_nodes, partner[node])
-            # A module called again keeps what its first call was fitted to.
-            if name not in done and (isinstance(module, OctBase | CompConv) or (altered and dense_too)):
-                done.add(name)
-                fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
-                if progress:
-                    progress(name)
-            source.free(partner[node])
+            module = converted.get_submodule(str(node.target))
+            if isinstance(module, OctBase | CompConv) or (altered and dense_too):
+                found.setdefault(str(node.target), node)
         if altered or _is_octave(converted, node):
             changed.add(node)
-        octave.step(node)
-        octave.free(node)
-    return Fit(fitted, source.run(), octave.outputs())
+    return list(found.values())
 
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
@@ -104,36 +107,25 @@ def pair_layers(nodes: Sequence[fx.Node], converted: OctaveModule) -> dict[fx.No
     return pairs
 
 
-def _run_until(source: Walk, nodes: Iterator[fx.Node], wanted: fx.Node) -> list[Any]:
-    """Runs the dense network up to a node, whose values stay."""
-    for node in nodes:
-        values = source.step(node)
-        if node is wanted:
-            return values
-        source.free(node)
-    raise AssertionError(f"{wanted} does not come in the order of execution")
-
-
 def _fit_layer(
-    octave: Walk,
+    converted: OctaveModule,
     node: fx.Node,
-    module: nn.Module,
-    targets: list[Tensor],
+    inputs: Sequence[tuple[Any, ...]],
+    targets: Sequence[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
 ) -> list[Fitted]:
-    inputs = octave.arguments(node)
-    shifts = _shifts(octave.root, node)
+    name = str(node.target)
+    module, shifts = converted.get_submodule(name), _shifts(converted, node)
     if isinstance(module, CompConv):
-        given = [cast(Tensor, args[0]) for args in inputs]
         ridge = RIDGE if len(strengths) > 1 else strengths[0]
-        before, after = fit_compact(module, given, targets, shifts.get("high"), ridge, dice.initial_seed())
-        return [Fitted(str(node.target), "high", before, after, ridge)]
-    found: list[Fitted] = []
-    for problem in problems_of(module):
-        shift = shifts.get(problem.band)
-        found.append(fit_problem(problem, shift, str(node.target), inputs, targets, strengths, dice))
-    return found
+        maps: Values[Tensor] = Values(len(inputs), lambda index: inputs[index][0])
+        before, after = fit_compact(module, maps, targets, shifts.get("high"), ridge, dice.initial_seed())
+        return [Fitted(name, "high", before, after, ridge)]
+    return [
+        fit_problem(problem, shifts.get(problem.band), name, inputs, targets, strengths, dice)
+        for problem in problems_of(module)
+    ]
 
 
 def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:

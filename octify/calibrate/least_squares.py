@@ -42,8 +42,9 @@ class _Data:
     """A layer's inputs and what it shall give, chunk by chunk; the same positions are sampled in every pass."""
 
     problem: Problem
-    inputs: list[tuple[Any, ...]]
-    targets: list[Tensor]
+    inputs: Sequence[tuple[Any, ...]]
+    targets: Sequence[Tensor]
+    images: int
     free: int  # 1 if a column of ones stands behind the unknowns
     seed: int
 
@@ -53,8 +54,7 @@ class _Data:
         The first are over images that fit, the second over those held out.
         """
         dice = torch.Generator().manual_seed(self.seed)
-        images = sum(len(target) for target in self.targets)
-        count = -(-max(ROWS, ROWS_PER_UNKNOWN * len(columns)) // images)
+        count = -(-max(ROWS, ROWS_PER_UNKNOWN * len(columns)) // self.images)
         both = [Sums.zeros(weight.shape[0], len(columns), weight.shape[2], weight.device) for _ in range(2)]
         others = weight.clone()
         others[:, columns] = 0
@@ -80,8 +80,8 @@ def fit_problem(
     problem: Problem,
     norm: nn.Module | None,
     name: str,
-    inputs: list[tuple[Any, ...]],
-    targets: list[Tensor],
+    inputs: Sequence[tuple[Any, ...]],
+    targets: Sequence[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
 ) -> Fitted:
@@ -96,7 +96,7 @@ def fit_problem(
         bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
         prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
     seed = int(torch.randint(2**31, (1,), generator=dice))
-    data = _Data(problem, inputs, targets, free, seed)
+    data = _Data(problem, inputs, targets, sum(len(target) for target in targets), free, seed)
     weight, strength = prior.clone(), None
     errors: list[float] = []
     energy = 0.0
