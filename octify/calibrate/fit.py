@@ -57,7 +57,9 @@ def fit_kernels(
     partner = pair_layers(source.nodes, converted)
     fitted: list[Fitted] = []
     for node in _to_fit(octave.nodes, partner, converted, dense_too):
-        targets, inputs = source.run_through(partner[node]), octave.run_before(node)
+        source.run_through(partner[node])
+        octave.run_before(node)
+        inputs, targets = octave.arguments(node), source.values[partner[node]]
         fitted += _fit_layer(converted, node, inputs, targets, strengths, dice)
         if progress:
             progress(str(node.target))

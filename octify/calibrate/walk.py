@@ -54,29 +54,40 @@ class Walk:
         self._inputs = [node for node in self.nodes if node.op == "placeholder"]
         store = Store(MEMORY if memory is None else memory)
         self._shelves: list[Shelf[fx.Node]] = [Shelf(store) for _ in chunks]
+        self._kept: list[fx.Node] = []
         self._done = 0
 
-    def run_before(self, node: fx.Node) -> Sequence[tuple[Any, ...]]:
-        """Runs all that comes before a node: its positional arguments, chunk by chunk."""
+    def run_before(self, node: fx.Node) -> None:
+        """Runs all that comes before a node."""
         self._run_until(self._index[node], None)
-        return Values(len(self.chunks), lambda index: self._lookup(node.args, self._shelves[index].look))
 
-    def run_through(self, node: fx.Node) -> Sequence[Any]:
-        """Runs all up to a node and the node: its values, chunk by chunk, of use until the next stretch."""
+    def run_through(self, node: fx.Node) -> None:
+        """Runs all up to a node, and the node, whose value is kept until the next stretch even if nobody reads it."""
         self._run_until(self._index[node] + 1, node)
-        return Values(len(self.chunks), lambda index: self._shelves[index].look(node))
+
+    @property
+    def values(self) -> dict[fx.Node, Sequence[Any]]:
+        """What is kept of nodes that have run, chunk by chunk."""
+        return {node: self._each(lambda shelf, node=node: shelf.look(node)) for node in self._kept}
+
+    def arguments(self, node: fx.Node) -> Sequence[tuple[Any, ...]]:
+        """A node's positional arguments, chunk by chunk."""
+        return self._each(lambda shelf: self._lookup(node.args, shelf.look))
+
+    def _each(self, value: Callable[[Shelf[fx.Node]], Any]) -> Sequence[Any]:
+        return Values(len(self._shelves), lambda index: value(self._shelves[index]))
 
     def run(self) -> list[Any]:
         """Runs the rest: what the network gives, chunk by chunk."""
         self._run_until(len(self.nodes), None)
-        return [self._lookup(self.result, shelf.look) for shelf in self._shelves]
+        return list(self._each(lambda shelf: self._lookup(self.result, shelf.look)))
 
     def _run_until(self, stop: int, wanted: fx.Node | None) -> None:
         if stop < self._done:
             raise AssertionError(f"{self.nodes[stop]} does not come in the order of execution")
         stretch, self._done = self.nodes[self._done : stop], stop
         ends: dict[int, list[fx.Node]] = defaultdict(list)
-        kept: list[fx.Node] = []
+        self._kept = kept = list[fx.Node]()
         for node in self.nodes[:stop]:
             lives = node is wanted or self._last[node] >= stop
             if lives and node.op != "get_attr":
