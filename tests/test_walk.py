@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import octify
-from octify.calibrate import walk
+from octify.calibrate import store
 from octify.calibrate.store import Shelf, Store
 from octify.calibrate.walk import Walk, split_chunks
 
@@ -38,7 +38,7 @@ class Writing(nn.Module):
 
 
 def walk_of(net: nn.Module, x: Tensor, memory: int) -> Walk:
-    return Walk(net, fx.symbolic_trace(net).graph, split_chunks([x], 3), memory)
+    return Walk(net, fx.symbolic_trace(net).graph, split_chunks([x], 3), Store(memory))
 
 
 def stops(found: Walk) -> Iterator[list[Any]]:
@@ -110,7 +110,7 @@ def test_a_calibration_gives_the_same_bytes_in_any_memory(monkeypatch: pytest.Mo
     x = torch.randn(9, 3, 32, 32)
     made: list[dict[str, Tensor]] = []
     for memory in (0, 60_000, 1 << 30):
-        monkeypatch.setattr(walk, "MEMORY", memory)
+        monkeypatch.setattr(store, "MEMORY", memory)
         converted = octify.convert(copy.deepcopy(net), calibration=x.split(4), alpha=0.5, example_inputs=(1, 3, 32, 32))
         made.append(converted.state_dict())
     assert all(torch.equal(made[0][name], other[name]) for other in made[1:] for name in made[0])

@@ -18,7 +18,7 @@ from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS
-from octify.calibrate.walk import Chunk, Values, walk_dense, walk_octave
+from octify.calibrate.walk import Chunk, Values, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.layers import Split
 from octify.module import OctaveModule
@@ -52,18 +52,46 @@ def fit_kernels(
     Raises:
         CalibrationError: a layer's activations are not finite.
     """
-    dice = torch.Generator().manual_seed(seed)
-    source, octave = walk_dense(trace, chunks), walk_octave(converted, chunks)
-    partner = pair_layers(source.nodes, converted)
-    fitted: list[Fitted] = []
-    for node in _to_fit(octave.nodes, partner, converted, dense_too):
-        source.run_through(partner[node])
-        octave.run_before(node)
-        inputs, targets = octave.arguments(node), source.values[partner[node]]
-        fitted += _fit_layer(converted, node, inputs, targets, strengths, dice)
+    source = walk_dense(trace, chunks)
+    work = FitWork(source, walk_octave(converted, chunks), converted, strengths, seed, dense_too)
+    while work.wanted is not None:
+        told = work.fit_next(source)
         if progress:
-            progress(str(node.target))
-    return Fit(fitted, source.run(), octave.run())
+            progress(told)
+    return Fit(work.layers, source.run(), work.octave.run())
+
+
+class FitWork:
+    """The layers of a converted network that are to be fitted, one after the other while the dense network runs."""
+
+    def __init__(
+        self,
+        source: Walk,
+        octave: Walk,
+        converted: OctaveModule,
+        strengths: Sequence[float],
+        seed: int = 0,
+        dense_too: bool = True,
+    ) -> None:
+        self.octave, self.converted, self.strengths = octave, converted, strengths
+        partner = pair_layers(source.nodes, converted)
+        self.layers: list[Fitted] = []
+        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, dense_too)]
+        self._dice = torch.Generator().manual_seed(seed)
+
+    @property
+    def wanted(self) -> fx.Node | None:
+        """The dense network's node that the next layer is fitted to; None if all are fitted."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def fit_next(self, source: Walk) -> str:
+        """Runs both networks up to the next layer and fits it: its name."""
+        wanted, node = self._waiting.pop(0)
+        source.run_through(wanted)
+        self.octave.run_before(node)
+        inputs, targets = self.octave.arguments(node), source.values[wanted]
+        self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice)
+        return str(node.target)
 
 
 def _to_fit(

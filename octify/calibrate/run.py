@@ -18,7 +18,7 @@ from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.report import CalibrationReport, Step
-from octify.calibrate.sensitivity import measure_curves, trial_loss
+from octify.calibrate.sensitivity import measure_curves, trial_losses
 from octify.calibrate.statistics import norms_of, run_model, try_norms
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
@@ -112,7 +112,7 @@ class Calibration:
             chosen, even = allocate(levers, curves, cost, target), uniform_counts(levers, cost, target)
             between = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
             candidates = [chosen, allocate(levers, curves, cost, target, between), even]
-            losses = [self._trial(levers, counts) for counts in candidates]
+            losses = self._try(levers, candidates)
             return candidates[losses.index(min(losses))]
 
         return self._cheapest(best, levers, cost)
@@ -130,7 +130,7 @@ class Calibration:
         for _ in range(5):
             middle = (low + high) / 2
             counts = counts_for(middle)
-            if self._trial(levers, counts) <= options.max_loss:
+            if self._try(levers, [counts])[0] <= options.max_loss:
                 high, found = middle, counts
             else:
                 low = middle
@@ -138,8 +138,9 @@ class Calibration:
             raise CalibrationError(f"no conversion keeps the loss below max_loss {options.max_loss:g} on these images")
         return found
 
-    def _trial(self, levers: Sequence[Lever], counts: Sequence[int]) -> float:
-        return trial_loss(self.flows, self.images, low_classes(levers, counts), TRIAL_IMAGES)
+    def _try(self, levers: Sequence[Lever], candidates: Sequence[Sequence[int]]) -> list[float]:
+        lows = [low_classes(levers, counts) for counts in candidates]
+        return trial_losses(self.flows, self.images, lows, TRIAL_IMAGES)
 
     # Kernels, statistics, distillation.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any, cast
 
 from octify.calibrate.budget import MOST, Curve
 from octify.calibrate.data import Images, output_loss
-from octify.calibrate.fit import fit_kernels
+from octify.calibrate.fit import FitWork
 from octify.calibrate.levers import Lever, low_classes, recipe_with
+from octify.calibrate.store import Store
+from octify.calibrate.walk import Walk, walk_dense
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
 
@@ -18,12 +21,59 @@ FEWEST = 16  # images
 TRIAL_STRENGTH = (0.01,)
 
 
-def trial_loss(flows: Flows, images: Images, low: set[int], count: int) -> float:
-    """The loss of the fitted network in which exactly these classes are low, on `count` images."""
-    chosen = flows.again(recipe_with(flows, low))
-    converted = rewrite_graph(chosen, make_plan(chosen)).eval()
-    done = fit_kernels(images.trace, converted, images.some(count), strengths=TRIAL_STRENGTH, dense_too=False)
-    return output_loss(done.dense, done.octave)
+def trial_losses(
+    flows: Flows,
+    images: Images,
+    trials: Sequence[set[int]],
+    count: int,
+    progress: Callable[[str], None] | None = None,
+) -> list[float]:
+    """The losses of fitted networks in each of which exactly these classes are low, on `count` images.
+
+    The dense network runs once for all of them, and each of them only from where it begins to differ.
+    """
+    source, store = walk_dense(images.trace, images.some(count)), Store()
+    made = [_Trial(flows, low, source, store) for low in trials]
+    waiting = [trial for trial in made if trial.place is not None]
+    while waiting:
+        trial = min(waiting, key=lambda trial: cast(tuple[int, bool], trial.place))
+        trial.advance()
+        if trial.place is None:
+            waiting.remove(trial)
+            if progress:
+                progress(f"trial {len(made) - len(waiting)}/{len(made)}")
+    dense = source.run()
+    return [output_loss(dense, trial.outputs or dense) for trial in made]
+
+
+class _Trial:
+    """One octave network beside the dense one."""
+
+    def __init__(self, flows: Flows, low: set[int], source: Walk, store: Store) -> None:
+        self.outputs: list[Any] = []
+        self.source, self.store = source, store
+        self._flows = flows.again(recipe_with(flows, low))
+        self._plan = make_plan(self._flows)
+        self._index = {node: index for index, node in enumerate(source.nodes)}
+        self._work: FitWork | None = None
+        changed = {op.name for op in self._plan.ops if op.form != "dense"}
+        first = next((index for index, node in enumerate(source.nodes) if node.name in changed), None)
+        # When its turn comes: at which node of the dense network, and whether that must have run; None if it is done.
+        self.place: tuple[int, bool] | None = None if first is None else (first, False)
+
+    def advance(self) -> None:
+        """Begins, or fits one layer; behind the last one runs to the end."""
+        work = self._work
+        if work is None and self.place:
+            self.source.run_before(self.source.nodes[self.place[0]])
+            converted = rewrite_graph(self._flows, self._plan).eval()
+            octave = self.source.fork(converted, converted.graph, self.store)
+            work = self._work = FitWork(self.source, octave, converted, TRIAL_STRENGTH, dense_too=False)
+        elif work:
+            work.fit_next(self.source)
+        self.place = (self._index[work.wanted], True) if work and work.wanted else None
+        if work and not self.place:
+            self.outputs, self._work = work.octave.run(), None
 
 
 def measure_curves(
@@ -34,16 +84,12 @@ def measure_curves(
     shares: Sequence[float] = SHARES,
 ) -> list[Curve]:
     """The loss of each lever at some shares; more levers get fewer images, within bounds."""
-    trials = max(1, len(levers) * len(shares))
-    count = max(FEWEST, min(128, PASSES * images.count // (2 * trials)))
-    curves: list[Curve] = []
-    for index, lever in enumerate(levers):
-        steps = sorted({max(1, int(share * len(lever.steps))) for share in shares})
-        losses = [trial_loss(flows, images, low_classes([lever], [step]), count) for step in steps]
-        curves.append(_rising(steps, losses))
-        if progress:
-            progress(f"sensitivity {index + 1}/{len(levers)} {lever.name}")
-    return curves
+    steps = [sorted({max(1, int(share * len(lever.steps))) for share in shares}) for lever in levers]
+    pulled = [(lever, step) for lever, own in zip(levers, steps, strict=True) for step in own]
+    count = max(FEWEST, min(128, PASSES * images.count // (2 * max(1, len(levers) * len(shares)))))
+    lows = [low_classes([lever], [step]) for lever, step in pulled]
+    losses = iter(trial_losses(flows, images, lows, count, progress))
+    return [_rising(own, [next(losses) for _ in own]) for own in steps]
 
 
 def _rising(steps: Sequence[int], losses: Sequence[float]) -> Curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
@@ -10,6 +11,8 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+MEMORY = 1 << 30  # bytes that a store keeps in memory
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -42,8 +45,8 @@ class Filed:
 class Store:
     """How much room in memory is left to some shelves, and the file that takes what finds none."""
 
-    def __init__(self, memory: int) -> None:
-        self.room = memory
+    def __init__(self, memory: int | None = None) -> None:
+        self.room = MEMORY if memory is None else memory
         self._file: Any = None
         self._end = 0
         self._empty: dict[int, list[int]] = defaultdict(list)
@@ -85,6 +88,17 @@ class Shelf(Generic[Key]):
     def look(self, key: Key) -> Any:
         """A value; what is on file is read anew each time."""
         return map_kind(Filed, self._values[key], lambda leaf: leaf.over(self._store.read(leaf.slot)))
+
+    def copied(self) -> dict[Key, Any]:
+        """All values in memory of their own."""
+        found: dict[Key, Any] = {}
+
+        def look(values: dict[Key, Any]) -> dict[Key, Any]:
+            found.update(zip(values, copy.deepcopy(list(values.values())), strict=True))
+            return values
+
+        self.change(look)
+        return found
 
     def change(self, work: Callable[[dict[Key, Any]], Mapping[Key, Any]]) -> None:
         """Gives all values to `work`, which may also write into them, and keeps the values that it returns."""

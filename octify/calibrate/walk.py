@@ -14,8 +14,6 @@ from octify.graph import map_leaves, nodes_in
 from octify.module import OctaveModule, graph_of_mode
 from octify.trace import Trace
 
-MEMORY = 1 << 30  # bytes of activations that a walk keeps in memory; the rest goes to a file
-
 Chunk = tuple[Tensor, ...]  # the model's inputs for some images
 Value = TypeVar("Value")
 
@@ -44,7 +42,7 @@ class Walk:
     Every node runs once per chunk, whatever is measured or changed where a stretch ends. What later nodes read is kept.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, chunks: Sequence[Chunk], memory: int | None = None) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, chunks: Sequence[Chunk], store: Store | None = None) -> None:
         self.root, self.chunks = root, chunks
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.result: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
@@ -52,7 +50,7 @@ class Walk:
         self._last = _last_readers(self.nodes, nodes_in(self.result))
         self._run = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
         self._inputs = [node for node in self.nodes if node.op == "placeholder"]
-        store = Store(MEMORY if memory is None else memory)
+        store = store or Store()
         self._shelves: list[Shelf[fx.Node]] = [Shelf(store) for _ in chunks]
         self._kept: list[fx.Node] = []
         self._done = 0
@@ -73,6 +71,17 @@ class Walk:
     def arguments(self, node: fx.Node) -> Sequence[tuple[Any, ...]]:
         """A node's positional arguments, chunk by chunk."""
         return self._each(lambda shelf: self._lookup(node.args, shelf.look))
+
+    def fork(self, root: nn.Module, graph: fx.Graph, store: Store) -> Walk:
+        """A walk over another network from where this one stands; so far both must be the same."""
+        other = Walk(root, graph, self.chunks, store)
+        twin = dict(zip(self.nodes[: self._done], other.nodes, strict=False))
+        if any((node.op, node.target) != (mine.op, mine.target) for node, mine in twin.items()):
+            raise AssertionError("the networks differ before they fork")
+        other._done, other._kept = self._done, [twin[node] for node in self._kept]
+        for mine, theirs in zip(self._shelves, other._shelves, strict=True):
+            theirs.change(lambda _, mine=mine: {twin[node]: value for node, value in mine.copied().items()})
+        return other
 
     def _each(self, value: Callable[[Shelf[fx.Node]], Any]) -> Sequence[Any]:
         return Values(len(self._shelves), lambda index: value(self._shelves[index]))
