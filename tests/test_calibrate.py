@@ -16,13 +16,15 @@ from torch import Tensor, nn
 import octify
 from octify.calibrate import least_squares
 from octify.calibrate.budget import Curve
-from octify.calibrate.data import read_images
+from octify.calibrate.data import output_loss, read_images
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
 from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
+from octify.calibrate.sensitivity import TRIAL_STRENGTH, trial_losses
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
+from octify.calibrate.statistics import run_model
 from octify.calibrate.verdict import compare
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
@@ -216,8 +218,8 @@ def test_fitting_never_does_worse_than_the_fold_on_its_own_images(net: nn.Module
     images = read_images(flows.trace, [x], None)
     fitted = copy.deepcopy(folded)
     done = fit_kernels(images.trace, fitted, images.fit)
-    assert {layer.layer for layer in done.layers} >= {"first", "conv1", "expand", "depthwise", "project", "last", "fc"}
-    assert all(layer.after <= layer.before * (1 + 1e-9) for layer in done.layers)
+    assert {layer.layer for layer in done} >= {"first", "conv1", "expand", "depthwise", "project", "last", "fc"}
+    assert all(layer.after <= layer.before * (1 + 1e-9) for layer in done)
     assert logit_error(net, fitted, x) < 0.5 * logit_error(net, folded, x)
 
 
@@ -285,6 +287,24 @@ def test_curves_go_through_what_was_measured_and_rise() -> None:
     assert [curve.at(count) for count in (0, 4, 8, 14)] == pytest.approx([0.0, 0.1, 0.3, 2.0])
     values = [curve.at(count) for count in np.linspace(0, 16, 33)]
     assert all(later >= earlier for earlier, later in itertools.pairwise(values))
+
+
+def test_trials_side_by_side_are_the_fits_of_those_networks_alone(net: nn.Module) -> None:
+    flows, _ = prepared(net)
+    images = read_images(flows.trace, [pictures(40)], None)
+    levers = find_levers(flows, {})
+    halves = [low_classes([lever], [len(lever.steps) // 2]) for lever in levers]
+    trials = [set[int](), *halves, low_classes(levers, [len(lever.steps) // 3 for lever in levers])]
+    chunks = images.some(34)
+    alone: list[float] = []
+    for low in trials:
+        chosen = flows.again(recipe_with(flows, low))
+        converted = finish(chosen, make_plan(chosen)).eval() if low else copy.deepcopy(net)
+        if isinstance(converted, OctaveModule):
+            fit_kernels(images.trace, converted, chunks, strengths=TRIAL_STRENGTH, dense_too=False)
+        alone.append(output_loss(run_model(net, chunks), run_model(converted, chunks)))
+    assert trial_losses(flows, images, trials, 34) == pytest.approx(alone, rel=1e-6)
+    assert alone[0] == 0 and len(set(alone)) == len(alone)
 
 
 @pytest.mark.parametrize("target", [0.9, 0.75, 0.6])

@@ -37,8 +37,10 @@ class Images:
 
     def some(self, count: int) -> list[Chunk]:
         """The first `count` images to fit to."""
-        inputs = [torch.cat(parts)[:count] for parts in zip(*self.fit, strict=True)]
-        return split_chunks(inputs, CHUNK)
+        starts = range(0, count, CHUNK)
+        return [
+            tuple(value[: count - start] for value in chunk) for start, chunk in zip(starts, self.fit, strict=False)
+        ]
 
 
 def read_images(trace: Trace, batches: Sequence[Any], samples: int | None) -> Images:

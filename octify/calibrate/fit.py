@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,15 +25,6 @@ from octify.octbase import OctBase
 from octify.trace import Trace
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What a fit did, and what both networks give, chunk by chunk, once it is done."""
-
-    layers: list[Fitted]
-    dense: list[Any]
-    octave: list[Any]
-
-
 def fit_kernels(
     trace: Trace,
     converted: OctaveModule,
@@ -44,8 +34,8 @@ def fit_kernels(
     seed: int = 0,
     dense_too: bool = True,
     progress: Callable[[str], None] | None = None,
-) -> Fit:
-    """Fits the layers of a converted network in place; both networks must be in eval mode.
+) -> list[Fitted]:
+    """Fits the layers of a converted network in place, and says how well; both networks must be in eval mode.
 
     `dense_too` also fits the dense layers behind octave ones, which repairs what reaches them.
 
@@ -58,7 +48,7 @@ def fit_kernels(
         told = work.fit_next(source)
         if progress:
             progress(told)
-    return Fit(work.layers, source.run(), work.octave.run())
+    return work.layers
 
 
 class FitWork:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from octify.plan import Flows
 Progress = Callable[[str], None]
 RANKING_IMAGES = 128
 TRIAL_IMAGES = 96
+NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
 BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
 
 
@@ -144,29 +146,34 @@ class Calibration:
 
     # Kernels, statistics, distillation.
 
+    @cached_property
+    def dense(self) -> list[Any]:
+        """What the dense network gives for the images held back."""
+        return run_model(self.images.trace.model, self.images.held)
+
     def tune(self, converted: OctaveModule) -> None:
         """Changes the weights of a converted network (in eval mode) so that it follows the dense one."""
-        options, images = self.options, self.images
-        dense = run_model(images.trace.model, images.held)
+        options, images, dense = self.options, self.images, self.dense
 
         def loss() -> float:
             return output_loss(dense, run_model(converted, images.held))
 
         if options.fit:
             with self._step("kernels", loss):
-                done = fit_kernels(images.trace, converted, images.fit, seed=options.seed, progress=options.progress)
-            self.report.layers = done.layers
+                self.report.layers = fit_kernels(
+                    images.trace, converted, images.fit, seed=options.seed, progress=options.progress
+                )
         if options.statistics:
-            self._statistics(converted, dense)
+            self._statistics(converted)
         if options.distil:
             with self._step("distillation", loss) as step:
                 told = distil(images, converted, options.distil, seed=options.seed, progress=options.progress)
                 step.note = f"best of {told.steps} steps: {told.best_step}"
 
-    def _statistics(self, converted: OctaveModule, dense: Sequence[Any]) -> None:
+    def _statistics(self, converted: OctaveModule) -> None:
         with self._step("statistics") as step:
             if norms_of(converted):
-                step.before, after = try_norms(converted, self.images.fit, self.images.held, dense)
+                step.before, after = try_norms(converted, self.images.some(NORM_IMAGES), self.images.held, self.dense)
                 step.after = min(step.before, after)
                 step.note = "" if after < step.before else f"batch norm left: {after:.4f} re-estimated"
             elif not self.options.fit:
@@ -179,9 +186,9 @@ class Calibration:
 
     def _judge(self, converted: OctaveModule) -> None:
         images = self.images
-        pair = [run_model(model, images.held) for model in (images.trace.model, converted)]
-        self.report.loss = output_loss(pair[0], pair[1])
-        self.report.agreement = agreement(pair[0], pair[1])
+        octave = run_model(converted, images.held)
+        self.report.loss = output_loss(self.dense, octave)
+        self.report.agreement = agreement(self.dense, octave)
         self.report.cost = model_cost(converted, self.flows.trace.inputs).gmacs / self.dense_macs
 
     @contextmanager
