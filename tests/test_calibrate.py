@@ -17,15 +17,16 @@ import octify
 from octify.calibrate import least_squares
 from octify.calibrate.budget import Curve
 from octify.calibrate.data import output_loss, read_images
-from octify.calibrate.fit import fit_kernels
+from octify.calibrate.fit import FitWork, fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
 from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
-from octify.calibrate.sensitivity import TRIAL_STRENGTH, trial_losses
+from octify.calibrate.sensitivity import REPAIRED, TRIAL_ROWS, TRIAL_STRENGTH, trial_losses
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
 from octify.calibrate.statistics import run_model
 from octify.calibrate.verdict import compare
+from octify.calibrate.walk import walk_dense, walk_octave
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
 from octify.layout import Layout
@@ -301,7 +302,10 @@ def test_trials_side_by_side_are_the_fits_of_those_networks_alone(net: nn.Module
         chosen = flows.again(recipe_with(flows, low))
         converted = finish(chosen, make_plan(chosen)).eval() if low else copy.deepcopy(net)
         if isinstance(converted, OctaveModule):
-            fit_kernels(images.trace, converted, chunks, strengths=TRIAL_STRENGTH, dense_too=False)
+            source, octave = walk_dense(images.trace, chunks), walk_octave(converted, chunks)
+            work = FitWork(source, octave, converted, TRIAL_STRENGTH, widest=REPAIRED, rows=TRIAL_ROWS)
+            while work.wanted:
+                work.fit_next(source)
         alone.append(output_loss(run_model(net, chunks), run_model(converted, chunks)))
     assert trial_losses(flows, images, trials, 34) == pytest.approx(alone, rel=1e-6)
     assert alone[0] == 0 and len(set(alone)) == len(alone)

@@ -6,6 +6,7 @@ what came before. The fold is the prior.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from typing import Any, cast
@@ -32,18 +33,17 @@ def fit_kernels(
     *,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
-    dense_too: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> list[Fitted]:
     """Fits the layers of a converted network in place, and says how well; both networks must be in eval mode.
 
-    `dense_too` also fits the dense layers behind octave ones, which repairs what reaches them.
+    The dense layers behind octave ones are fitted too, which repairs what reaches them.
 
     Raises:
         CalibrationError: a layer's activations are not finite.
     """
     source = walk_dense(trace, chunks)
-    work = FitWork(source, walk_octave(converted, chunks), converted, strengths, seed, dense_too)
+    work = FitWork(source, walk_octave(converted, chunks), converted, strengths, seed)
     while work.wanted is not None:
         told = work.fit_next(source)
         if progress:
@@ -61,12 +61,14 @@ class FitWork:
         converted: OctaveModule,
         strengths: Sequence[float],
         seed: int = 0,
-        dense_too: bool = True,
+        widest: float = math.inf,
+        rows: float = 1.0,
     ) -> None:
-        self.octave, self.converted, self.strengths = octave, converted, strengths
+        """`widest` is how many unknowns the dense layers that are fitted too have at most; `rows` see `fit_problem`."""
+        self.octave, self.converted, self.strengths, self.rows = octave, converted, strengths, rows
         partner = pair_layers(source.nodes, converted)
         self.layers: list[Fitted] = []
-        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, dense_too)]
+        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, widest)]
         self._dice = torch.Generator().manual_seed(seed)
 
     @property
@@ -80,12 +82,12 @@ class FitWork:
         source.run_through(wanted)
         self.octave.run_before(node)
         inputs, targets = self.octave.arguments(node), source.values[wanted]
-        self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice)
+        self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice, self.rows)
         return str(node.target)
 
 
 def _to_fit(
-    nodes: Sequence[fx.Node], partner: Container[fx.Node], converted: OctaveModule, dense_too: bool
+    nodes: Sequence[fx.Node], partner: Container[fx.Node], converted: OctaveModule, widest: float
 ) -> list[fx.Node]:
     """The first calls of layers that are octave, or that octave ones reach; `nodes` in the order of execution."""
     found: dict[str, fx.Node] = {}  # a module called again keeps what its first call was fitted to
@@ -94,11 +96,18 @@ def _to_fit(
         altered = any(reads in changed for reads in node.all_input_nodes)
         if node in partner:
             module = converted.get_submodule(str(node.target))
-            if isinstance(module, OctBase | CompConv) or (altered and dense_too):
+            if isinstance(module, OctBase | CompConv) or (altered and _unknowns(module) <= widest):
                 found.setdefault(str(node.target), node)
         if altered or _is_octave(converted, node):
             changed.add(node)
     return list(found.values())
+
+
+def _unknowns(module: nn.Module) -> int:
+    """The weights behind each output of a dense layer."""
+    layer: Any = module
+    outputs = layer.out_features if isinstance(module, nn.Linear) else layer.out_channels
+    return layer.weight.numel() // outputs
 
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
@@ -134,6 +143,7 @@ def _fit_layer(
     targets: Sequence[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
+    rows: float,
 ) -> list[Fitted]:
     name = str(node.target)
     module, shifts = converted.get_submodule(name), _shifts(converted, node)
@@ -143,7 +153,7 @@ def _fit_layer(
         before, after = fit_compact(module, maps, targets, shifts.get("high"), ridge, dice.initial_seed())
         return [Fitted(name, "high", before, after, ridge)]
     return [
-        fit_problem(problem, shifts.get(problem.band), name, inputs, targets, strengths, dice)
+        fit_problem(problem, shifts.get(problem.band), name, inputs, targets, strengths, dice, rows)
         for problem in problems_of(module)
     ]
 

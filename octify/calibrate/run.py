@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from octify.calibrate.budget import allocate, uniform_counts
+from octify.calibrate.budget import Curve, allocate, uniform_counts
 from octify.calibrate.costs import CostModel
 from octify.calibrate.data import Images, output_loss, read_images
 from octify.calibrate.distil import BATCH, distil
@@ -29,7 +29,7 @@ from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 128
-TRIAL_IMAGES = 96
+TRIAL_IMAGES = 64
 NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
 BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
 
@@ -81,8 +81,8 @@ class Calibration:
     def _minutes(self) -> float:
         """A guess: a step costs some passes of the dense network, a step of distillation four of a batch."""
         options = self.options
-        passes = 3.0 * options.fit + 1.0 * options.choose + 1.0 * bool(options.statistics)
-        passes += 4.0 * (options.target is not None) + 12.0 * (options.max_loss is not None)
+        passes = 4.0 * options.fit + 0.7 * options.choose + 0.7 * bool(options.statistics)
+        passes += 3.0 * (options.target is not None) + 8.0 * (options.max_loss is not None)
         passes += 4.0 * options.distil * BATCH / self.images.count
         return max(1.0, passes * self.images.pass_seconds / 60)
 
@@ -105,34 +105,19 @@ class Calibration:
         return low_classes(levers, counts)
 
     def _counts(self, levers: Sequence[Lever], cost: CostModel) -> list[int]:
-        options = self.options
-        if not options.choose:
-            return self._cheapest(lambda target: uniform_counts(levers, cost, target), levers, cost)
-        curves = measure_curves(self.flows, self.images, levers, options.progress)
-
-        def best(target: float) -> list[int]:
-            chosen, even = allocate(levers, curves, cost, target), uniform_counts(levers, cost, target)
-            between = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
-            candidates = [chosen, allocate(levers, curves, cost, target, between), even]
-            losses = self._try(levers, candidates)
-            return candidates[losses.index(min(losses))]
-
-        return self._cheapest(best, levers, cost)
-
-    def _cheapest(
-        self, counts_for: Callable[[float], list[int]], levers: Sequence[Lever], cost: CostModel
-    ) -> list[int]:
         """The counts for the target, or for the lowest cost at which the loss stays below `max_loss`."""
         options = self.options
+        curves = measure_curves(self.flows, self.images, levers, options.progress) if options.choose else []
         if options.max_loss is None:
-            return counts_for(options.target or 1.0)
+            candidates = _candidates(levers, curves, cost, options.target or 1.0)
+            return self._best(levers, candidates)[1] if len(candidates) > 1 else candidates[0]
         least = float(cost.ratio(np.array([len(lever.steps) for lever in levers]) * 0.8))
         low, high = max(least, options.target or 0.0), 1.0
         found: list[int] | None = None
         for _ in range(5):
             middle = (low + high) / 2
-            counts = counts_for(middle)
-            if self._try(levers, [counts])[0] <= options.max_loss:
+            loss, counts = self._best(levers, _candidates(levers, curves, cost, middle))
+            if loss <= options.max_loss:
                 high, found = middle, counts
             else:
                 low = middle
@@ -140,9 +125,9 @@ class Calibration:
             raise CalibrationError(f"no conversion keeps the loss below max_loss {options.max_loss:g} on these images")
         return found
 
-    def _try(self, levers: Sequence[Lever], candidates: Sequence[Sequence[int]]) -> list[float]:
+    def _best(self, levers: Sequence[Lever], candidates: Sequence[list[int]]) -> tuple[float, list[int]]:
         lows = [low_classes(levers, counts) for counts in candidates]
-        return trial_losses(self.flows, self.images, lows, TRIAL_IMAGES)
+        return min(zip(trial_losses(self.flows, self.images, lows, TRIAL_IMAGES), candidates, strict=True))
 
     # Kernels, statistics, distillation.
 
@@ -202,3 +187,14 @@ class Calibration:
         if loss:
             step.after = loss()
         self.report.steps.append(step)
+
+
+def _candidates(levers: Sequence[Lever], curves: Sequence[Curve], cost: CostModel, target: float) -> list[list[int]]:
+    """One alpha for all; if curves say what each lever costs also what they find best, and what lies between."""
+    even = uniform_counts(levers, cost, target)
+    if not curves:
+        return [even]
+    chosen = allocate(levers, curves, cost, target)
+    halfway = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
+    between = allocate(levers, curves, cost, target, halfway)
+    return [list(counts) for counts in dict.fromkeys(map(tuple, (chosen, between, even)))]

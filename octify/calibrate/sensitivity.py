@@ -15,10 +15,12 @@ from octify.calibrate.walk import Walk, walk_dense
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
 
-SHARES = (0.25, 0.5, MOST)
+SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
+MOST_TRIALS = 48  # of several shares a lever
 PASSES = 3  # sensitivities cost about so many passes of the dense network over all images
 FEWEST = 16  # images
-TRIAL_STRENGTH = (0.01,)
+TRIAL_STRENGTH, TRIAL_ROWS = (0.01,), 0.25
+REPAIRED = 576  # unknowns: what dense layers of so many can make up for behind a lever is not its cost
 
 
 def trial_losses(
@@ -68,7 +70,9 @@ class _Trial:
             self.source.run_before(self.source.nodes[self.place[0]])
             converted = rewrite_graph(self._flows, self._plan).eval()
             octave = self.source.fork(converted, converted.graph, self.store)
-            work = self._work = FitWork(self.source, octave, converted, TRIAL_STRENGTH, dense_too=False)
+            work = self._work = FitWork(
+                self.source, octave, converted, TRIAL_STRENGTH, widest=REPAIRED, rows=TRIAL_ROWS
+            )
         elif work:
             work.fit_next(self.source)
         self.place = (self._index[work.wanted], True) if work and work.wanted else None
@@ -81,9 +85,10 @@ def measure_curves(
     images: Images,
     levers: Sequence[Lever],
     progress: Callable[[str], None] | None = None,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float] | None = None,
 ) -> list[Curve]:
-    """The loss of each lever at some shares; more levers get fewer images, within bounds."""
+    """The loss of each lever at some shares; more levers get fewer images and shares, within bounds."""
+    shares = shares or (SHARES if len(levers) * len(SHARES) <= MOST_TRIALS else MIDDLE)
     steps = [sorted({max(1, int(share * len(lever.steps))) for share in shares}) for lever in levers]
     pulled = [(lever, step) for lever, own in zip(levers, steps, strict=True) for step in own]
     count = max(FEWEST, min(128, PASSES * images.count // (2 * max(1, len(levers) * len(shares)))))

@@ -84,11 +84,15 @@ def solve(sums: Sums, prior: Tensor, strength: float, free: int, residual: Tenso
 
 
 def choose(fit: Sums, held: Sums, prior: Tensor, free: int, strengths: Sequence[float]) -> tuple[Tensor, float | None]:
-    """The solution on all rows at the strength that held-out rows like best; the prior itself (None) if none helps."""
+    """The solution on all rows at the strength that held-out rows like best; the prior itself (None) if none helps.
+
+    Of a single strength the solution that held-out rows judged is taken as it is: trials are many.
+    """
     residual = fit.residual_of(prior)
-    errors = {strength: held.error(solve(fit, prior, strength, free, residual)) for strength in strengths}
+    weights = {strength: solve(fit, prior, strength, free, residual) for strength in strengths}
+    errors = {strength: held.error(weight) for strength, weight in weights.items()}
     best = min(errors, key=lambda strength: errors[strength])
     # What is less than rounding is no gain.
     if not errors[best] < held.error(prior) - ROUNDING * held.energy:
         return prior, None
-    return solve(fit + held, prior, best, free), best
+    return (weights[best] if len(strengths) == 1 else solve(fit + held, prior, best, free)), best
