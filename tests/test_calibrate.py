@@ -14,7 +14,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 import octify
-from octify.calibrate import least_squares
+from octify.calibrate import least_squares, run
 from octify.calibrate.budget import Curve
 from octify.calibrate.data import output_loss, read_images
 from octify.calibrate.fit import FitWork, fit_kernels
@@ -322,6 +322,27 @@ def test_a_budget_is_met_within_a_hundredth(net: nn.Module, target: float, pick:
 def test_a_budget_is_out_of_reach(net: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="out of reach"):
         octify.convert(net, calibration=pictures(), target=0.1)
+
+
+def test_a_larger_loss_allows_a_lower_cost(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    best = run.Calibration._best
+
+    def told(*args: Any) -> Any:
+        found = best(*args)
+        tried.append(found[0])
+        return found
+
+    monkeypatch.setattr(run.Calibration, "_best", told)
+    costs: list[float] = []
+    for most in (0.02, 0.2):
+        report = octify.convert(net, calibration=pictures(8), max_loss=most, fit=False, statistics=False).octify_report
+        costs.append(report.cost)  # pyright: ignore
+        assert any(loss <= most for loss in tried) and len(tried) == 5
+        tried.clear()
+    assert costs[1] < costs[0] < 1
+    with pytest.raises(CalibrationError, match="no conversion keeps the loss below"):
+        octify.convert(net, calibration=pictures(8), max_loss=-1.0)
 
 
 def test_the_recipe_gives_the_same_plan_again(net: nn.Module) -> None:
