@@ -52,8 +52,9 @@ class _Watch(fx.Interpreter):
         value = super().run_node(n)
         source = _map_read(self.flows, n)
         if source is not None:
-            reader = self.readers.setdefault(n, _Reader(source[1], self.trace.module_of(n)))
-            reader.see(self.env[source[0]], value)
+            if n not in self.readers:
+                self.readers[n] = _Reader(source[1], self.trace.module_of(n))
+            self.readers[n].see(self.env[source[0]], value)
         return value
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 from octify.calibrate.budget import MOST, Curve
 from octify.calibrate.data import Images, output_loss
 from octify.calibrate.fit import FitWork
 from octify.calibrate.levers import Lever, low_classes, recipe_with
-from octify.calibrate.store import Store
-from octify.calibrate.walk import Walk, walk_dense
+from octify.calibrate.store import MEMORY, Store
+from octify.calibrate.walk import Chunk, Walk, walk_dense
+from octify.graph import tensors_of
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
+from octify.trace import Trace
 
 SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
 MOST_TRIALS = 48  # of several shares a lever
 PASSES = 3  # sensitivities cost about so many passes of the dense network over all images
 FEWEST = 16  # images
 TRIAL_STRENGTH, TRIAL_ROWS = (0.01,), 0.25
+DONE = (sys.maxsize, True)  # the place of a trial that has no more to do
 REPAIRED = 576  # unknowns: what dense layers of so many can make up for behind a lever is not its cost
 
 
@@ -32,18 +36,24 @@ def trial_losses(
 ) -> list[float]:
     """The losses of fitted networks in each of which exactly these classes are low, on `count` images.
 
-    The dense network runs once for all of them, and each of them only from where it begins to differ.
+    The dense network runs once for as many of them as memory may hold, and each only from where it begins to differ.
     """
-    source, store = walk_dense(images.trace, images.some(count)), Store()
+    size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
+    at_once = max(1, min(len(trials), MEMORY // max(size, 1)))
+    chunks = images.some(count)
+    losses: list[float] = []
+    for start in range(0, len(trials), at_once):
+        losses += _side_by_side(flows, images.trace, chunks, trials[start : start + at_once])
+        if progress:
+            progress(f"trial {len(losses)}/{len(trials)}")
+    return losses
+
+
+def _side_by_side(flows: Flows, trace: Trace, chunks: Sequence[Chunk], trials: Sequence[set[int]]) -> list[float]:
+    source, store = walk_dense(trace, chunks), Store()
     made = [_Trial(flows, low, source, store) for low in trials]
-    waiting = [trial for trial in made if trial.place is not None]
-    while waiting:
-        trial = min(waiting, key=lambda trial: cast(tuple[int, bool], trial.place))
+    while (trial := min(made, key=lambda trial: trial.place)).place < DONE:
         trial.advance()
-        if trial.place is None:
-            waiting.remove(trial)
-            if progress:
-                progress(f"trial {len(made) - len(waiting)}/{len(made)}")
     dense = source.run()
     return [output_loss(dense, trial.outputs or dense) for trial in made]
 
@@ -60,23 +70,23 @@ class _Trial:
         self._work: FitWork | None = None
         changed = {op.name for op in self._plan.ops if op.form != "dense"}
         first = next((index for index, node in enumerate(source.nodes) if node.name in changed), None)
-        # When its turn comes: at which node of the dense network, and whether that must have run; None if it is done.
-        self.place: tuple[int, bool] | None = None if first is None else (first, False)
+        # When its turn comes: at which node of the dense network, and whether that must have run.
+        self.place: tuple[int, bool] = DONE if first is None else (first, False)
 
     def advance(self) -> None:
         """Begins, or fits one layer; behind the last one runs to the end."""
         work = self._work
-        if work is None and self.place:
+        if work is None:
             self.source.run_before(self.source.nodes[self.place[0]])
             converted = rewrite_graph(self._flows, self._plan).eval()
             octave = self.source.fork(converted, converted.graph, self.store)
             work = self._work = FitWork(
                 self.source, octave, converted, TRIAL_STRENGTH, widest=REPAIRED, rows=TRIAL_ROWS
             )
-        elif work:
+        else:
             work.fit_next(self.source)
-        self.place = (self._index[work.wanted], True) if work and work.wanted else None
-        if work and not self.place:
+        self.place = (self._index[work.wanted], True) if work.wanted else DONE
+        if self.place == DONE:
             self.outputs, self._work = work.octave.run(), None
 
 
