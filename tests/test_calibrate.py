@@ -17,11 +17,11 @@ import octify
 from octify.calibrate import least_squares, run, sensitivity
 from octify.calibrate.budget import Curve
 from octify.calibrate.data import output_loss, read_images
-from octify.calibrate.fit import FitWork, fit_kernels
+from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
 from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
-from octify.calibrate.sensitivity import REPAIRED, TRIAL_ROWS, TRIAL_STRENGTH, trial_losses
+from octify.calibrate.sensitivity import fit_of_trial, trial_losses
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
 from octify.calibrate.statistics import run_model
@@ -294,7 +294,7 @@ def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flows, _ = prepared(net)
-    images = read_images(flows.trace, [pictures(40)], None)
+    images = read_images(flows.trace, [pictures(40)], None)  # four of them are held back
     levers = find_levers(flows, {})
     halves = [low_classes([lever], [len(lever.steps) // 2]) for lever in levers]
     trials = [set[int](), *halves, low_classes(levers, [len(lever.steps) // 3 for lever in levers])]
@@ -305,10 +305,10 @@ def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
         converted = finish(chosen, make_plan(chosen)).eval() if low else copy.deepcopy(net)
         if isinstance(converted, OctaveModule):
             source, octave = walk_dense(images.trace, chunks), walk_octave(converted, chunks)
-            work = FitWork(source, octave, converted, TRIAL_STRENGTH, widest=REPAIRED, rows=TRIAL_ROWS)
+            work = fit_of_trial(source, octave, converted, len(chunks))
             while work.wanted:
                 work.fit_next(source)
-        alone.append(output_loss(run_model(net, chunks), run_model(converted, chunks)))
+        alone.append(output_loss(run_model(net, images.held), run_model(converted, images.held)))
     together = trial_losses(flows, images, trials, 34)
     monkeypatch.setattr(sensitivity, "MEMORY", 0)  # for one network at a time
     assert together == trial_losses(flows, images, trials, 34) == pytest.approx(alone, rel=1e-6)
@@ -338,13 +338,15 @@ def test_a_larger_loss_allows_a_lower_cost(net: nn.Module, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(run.Calibration, "_best", told)
-    costs: list[float] = []
-    for most in (0.02, 0.2):
+
+    def cost_of(most: float) -> float:
         report = octify.convert(net, calibration=pictures(8), max_loss=most, fit=False, statistics=False).octify_report
-        costs.append(report.cost)  # pyright: ignore
-        assert any(loss <= most for loss in tried) and len(tried) == 5
-        tried.clear()
-    assert costs[1] < costs[0] < 1
+        return report.cost  # pyright: ignore
+
+    lowest = cost_of(1e9)
+    middle = tried[0]
+    assert lowest < cost_of(0.99 * middle) < 1
+    assert len(tried) == 10 and min(tried[5:]) < middle
     with pytest.raises(CalibrationError, match="no conversion keeps the loss below"):
         octify.convert(net, calibration=pictures(8), max_loss=-1.0)
 

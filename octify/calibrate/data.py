@@ -37,10 +37,16 @@ class Images:
 
     def some(self, count: int) -> list[Chunk]:
         """The first `count` images to fit to."""
-        starts = range(0, count, CHUNK)
-        return [
-            tuple(value[: count - start] for value in chunk) for start, chunk in zip(starts, self.fit, strict=False)
-        ]
+        return _first(self.fit, count)
+
+    def judges(self, count: int) -> list[Chunk]:
+        """The first `count` of those held back."""
+        return _first(self.held, count)
+
+
+def _first(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    starts = range(0, count, CHUNK)
+    return [tuple(value[: count - start] for value in chunk) for start, chunk in zip(starts, chunks, strict=False)]
 
 
 def read_images(trace: Trace, batches: Sequence[Any], samples: int | None) -> Images:

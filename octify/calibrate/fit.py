@@ -6,9 +6,8 @@ what came before. The fold is the prior.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,14 +60,19 @@ class FitWork:
         converted: OctaveModule,
         strengths: Sequence[float],
         seed: int = 0,
-        widest: float = math.inf,
+        repairs: Callable[[fx.Node, nn.Module], bool] = lambda node, module: True,
         rows: float = 1.0,
+        chunks: int | None = None,
     ) -> None:
-        """`widest` is how many unknowns the dense layers that are fitted too have at most; `rows` see `fit_problem`."""
-        self.octave, self.converted, self.strengths, self.rows = octave, converted, strengths, rows
+        """`repairs` says which dense layers behind octave ones are fitted too; `rows` see `fit_problem`.
+
+        Fitted is to the first `chunks`.
+        """
+        self.octave, self.converted = octave, converted
+        self.strengths, self.rows, self.chunks = strengths, rows, chunks
         partner = pair_layers(source.nodes, converted)
         self.layers: list[Fitted] = []
-        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, widest)]
+        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, repairs)]
         self._dice = torch.Generator().manual_seed(seed)
 
     @property
@@ -81,13 +85,16 @@ class FitWork:
         wanted, node = self._waiting.pop(0)
         source.run_through(wanted)
         self.octave.run_before(node)
-        inputs, targets = self.octave.arguments(node), source.values[wanted]
+        inputs, targets = self.octave.arguments(node)[: self.chunks], source.values[wanted][: self.chunks]
         self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice, self.rows)
         return str(node.target)
 
 
 def _to_fit(
-    nodes: Sequence[fx.Node], partner: Container[fx.Node], converted: OctaveModule, widest: float
+    nodes: Sequence[fx.Node],
+    partner: Mapping[fx.Node, fx.Node],
+    converted: OctaveModule,
+    repairs: Callable[[fx.Node, nn.Module], bool],
 ) -> list[fx.Node]:
     """The first calls of layers that are octave, or that octave ones reach; `nodes` in the order of execution."""
     found: dict[str, fx.Node] = {}  # a module called again keeps what its first call was fitted to
@@ -96,18 +103,11 @@ def _to_fit(
         altered = any(reads in changed for reads in node.all_input_nodes)
         if node in partner:
             module = converted.get_submodule(str(node.target))
-            if isinstance(module, OctBase | CompConv) or (altered and _unknowns(module) <= widest):
+            if isinstance(module, OctBase | CompConv) or (altered and repairs(partner[node], module)):
                 found.setdefault(str(node.target), node)
         if altered or _is_octave(converted, node):
             changed.add(node)
     return list(found.values())
-
-
-def _unknowns(module: nn.Module) -> int:
-    """The weights behind each output of a dense layer."""
-    layer: Any = module
-    outputs = layer.out_features if isinstance(module, nn.Linear) else layer.out_channels
-    return layer.weight.numel() // outputs
 
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:

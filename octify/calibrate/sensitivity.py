@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
 
 from octify.calibrate.budget import MOST, Curve
 from octify.calibrate.data import Images, output_loss
 from octify.calibrate.fit import FitWork
+from octify.calibrate.least_squares import ROWS_PER_UNKNOWN
 from octify.calibrate.levers import Lever, low_classes, recipe_with
 from octify.calibrate.store import MEMORY, Store
-from octify.calibrate.walk import Chunk, Walk, walk_dense
-from octify.graph import tensors_of
+from octify.calibrate.walk import Walk, walk_dense
+from octify.graph import shape_of, tensors_of, value_of
+from octify.module import OctaveModule
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
-from octify.trace import Trace
 
 SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
 MOST_TRIALS = 48  # of several shares a lever
@@ -34,36 +38,37 @@ def trial_losses(
     count: int,
     progress: Callable[[str], None] | None = None,
 ) -> list[float]:
-    """The losses of fitted networks in each of which exactly these classes are low, on `count` images.
+    """The losses of networks in each of which exactly these classes are low, fitted to `count` images.
 
+    Half as many of those held back judge them: on the few that they are fitted to they look better than they are.
     The dense network runs once for as many of them as memory may hold, and each only from where it begins to differ.
     """
     size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
     at_once = max(1, min(len(trials), MEMORY // max(size, 1)))
-    chunks = images.some(count)
     losses: list[float] = []
     for start in range(0, len(trials), at_once):
-        losses += _side_by_side(flows, images.trace, chunks, trials[start : start + at_once])
+        losses += _side_by_side(flows, images, count, trials[start : start + at_once])
         if progress:
             progress(f"trial {len(losses)}/{len(trials)}")
     return losses
 
 
-def _side_by_side(flows: Flows, trace: Trace, chunks: Sequence[Chunk], trials: Sequence[set[int]]) -> list[float]:
-    source, store = walk_dense(trace, chunks), Store()
-    made = [_Trial(flows, low, source, store) for low in trials]
+def _side_by_side(flows: Flows, images: Images, count: int, trials: Sequence[set[int]]) -> list[float]:
+    fit = images.some(count)
+    source, store = walk_dense(images.trace, [*fit, *images.judges(max(FEWEST, count) // 2)]), Store()
+    made = [_Trial(flows, low, source, store, len(fit)) for low in trials]
     while (trial := min(made, key=lambda trial: trial.place)).place < DONE:
         trial.advance()
     dense = source.run()
-    return [output_loss(dense, trial.outputs or dense) for trial in made]
+    return [output_loss(dense[len(fit) :], (trial.outputs or dense)[len(fit) :]) for trial in made]
 
 
 class _Trial:
     """One octave network beside the dense one."""
 
-    def __init__(self, flows: Flows, low: set[int], source: Walk, store: Store) -> None:
+    def __init__(self, flows: Flows, low: set[int], source: Walk, store: Store, chunks: int) -> None:
         self.outputs: list[Any] = []
-        self.source, self.store = source, store
+        self.source, self.store, self.chunks = source, store, chunks
         self._flows = flows.again(recipe_with(flows, low))
         self._plan = make_plan(self._flows)
         self._index = {node: index for index, node in enumerate(source.nodes)}
@@ -80,14 +85,25 @@ class _Trial:
             self.source.run_before(self.source.nodes[self.place[0]])
             converted = rewrite_graph(self._flows, self._plan).eval()
             octave = self.source.fork(converted, converted.graph, self.store)
-            work = self._work = FitWork(
-                self.source, octave, converted, TRIAL_STRENGTH, widest=REPAIRED, rows=TRIAL_ROWS
-            )
+            work = self._work = fit_of_trial(self.source, octave, converted, self.chunks)
         else:
             work.fit_next(self.source)
         self.place = (self._index[work.wanted], True) if work.wanted else DONE
         if self.place == DONE:
             self.outputs, self._work = work.octave.run(), None
+
+
+def fit_of_trial(source: Walk, octave: Walk, converted: OctaveModule, chunks: int) -> FitWork:
+    """How the layers of a trial are fitted, to the first chunks: quickly."""
+    images = sum(len(chunk[0]) for chunk in source.chunks[:chunks])
+
+    def repairs(node: fx.Node, module: nn.Module) -> bool:
+        weight, shape = cast(Tensor, module.weight), shape_of(value_of(node)) or (1, 1)
+        outputs = cast(int, getattr(module, "out_channels", None) or getattr(module, "out_features", 1))
+        unknowns = weight.numel() // outputs
+        return unknowns <= REPAIRED and images * math.prod(shape[1:]) // outputs >= ROWS_PER_UNKNOWN * unknowns
+
+    return FitWork(source, octave, converted, TRIAL_STRENGTH, repairs=repairs, rows=TRIAL_ROWS, chunks=chunks)
 
 
 def measure_curves(
