@@ -290,15 +290,24 @@ def test_curves_go_through_what_was_measured_and_rise() -> None:
     assert all(later >= earlier for earlier, later in itertools.pairwise(values))
 
 
+@pytest.mark.parametrize(("count", "fit", "judges"), [(8, 5, 3), (33, 22, 11), (90, 48, 42), (200, 48, 96)])
+def test_no_image_both_fits_and_judges(net: nn.Module, count: int, fit: int, judges: int) -> None:
+    x = torch.arange(count).float()[:, None, None, None].expand(count, 3, SIZE, SIZE)
+    images = read_images(prepared(net)[0].trace, [x], None)
+    found = [[int(value) for chunk in part for value in chunk[0][:, 0, 0, 0]] for part in images.apart(48, 96)]
+    assert (len(found[0]), len(found[1])) == (fit, judges)
+    assert len({*found[0], *found[1]}) == fit + judges
+
+
 def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flows, _ = prepared(net)
-    images = read_images(flows.trace, [pictures(40)], None)  # four of them are held back
+    images = read_images(flows.trace, [pictures(40)], None)
     levers = find_levers(flows, {})
     halves = [low_classes([lever], [len(lever.steps) // 2]) for lever in levers]
     trials = [set[int](), *halves, low_classes(levers, [len(lever.steps) // 3 for lever in levers])]
-    chunks = images.some(34)
+    chunks, judges = images.apart(20, 12)
     alone: list[float] = []
     for low in trials:
         chosen = flows.again(recipe_with(flows, low))
@@ -308,10 +317,10 @@ def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
             work = fit_of_trial(source, octave, converted, len(chunks))
             while work.wanted:
                 work.fit_next(source)
-        alone.append(output_loss(run_model(net, images.held), run_model(converted, images.held)))
-    together = trial_losses(flows, images, trials, 34)
+        alone.append(output_loss(run_model(net, judges), run_model(converted, judges)))
+    together = trial_losses(flows, images, trials, 20, 12)
     monkeypatch.setattr(sensitivity, "MEMORY", 0)  # for one network at a time
-    assert together == trial_losses(flows, images, trials, 34) == pytest.approx(alone, rel=1e-6)
+    assert together == trial_losses(flows, images, trials, 20, 12) == pytest.approx(alone, rel=1e-6)
     assert alone[0] == 0 and len(set(alone)) == len(alone)
 
 

@@ -29,7 +29,7 @@ from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 128
-TRIAL_IMAGES = 64
+TRIAL_IMAGES, JUDGES = 48, 96
 NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
 BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
 
@@ -82,7 +82,7 @@ class Calibration:
         """A guess: a step costs some passes of the dense network, a step of distillation four of a batch."""
         options = self.options
         passes = 4.0 * options.fit + 0.7 * options.choose + 0.7 * bool(options.statistics)
-        passes += 3.0 * (options.target is not None) + 8.0 * (options.max_loss is not None)
+        passes += 3.5 * (options.target is not None) + 9.0 * (options.max_loss is not None)
         passes += 4.0 * options.distil * BATCH / self.images.count
         return max(1.0, passes * self.images.pass_seconds / 60)
 
@@ -127,7 +127,7 @@ class Calibration:
 
     def _best(self, levers: Sequence[Lever], candidates: Sequence[list[int]]) -> tuple[float, list[int]]:
         lows = [low_classes(levers, counts) for counts in candidates]
-        return min(zip(trial_losses(self.flows, self.images, lows, TRIAL_IMAGES), candidates, strict=True))
+        return min(zip(trial_losses(self.flows, self.images, lows, TRIAL_IMAGES, JUDGES), candidates, strict=True))
 
     # Kernels, statistics, distillation.
 

@@ -16,11 +16,12 @@ from octify.calibrate.fit import FitWork
 from octify.calibrate.least_squares import ROWS_PER_UNKNOWN
 from octify.calibrate.levers import Lever, low_classes, recipe_with
 from octify.calibrate.store import MEMORY, Store
-from octify.calibrate.walk import Walk, walk_dense
+from octify.calibrate.walk import Chunk, Walk, walk_dense
 from octify.graph import shape_of, tensors_of, value_of
 from octify.module import OctaveModule
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
+from octify.trace import Trace
 
 SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
 MOST_TRIALS = 48  # of several shares a lever
@@ -36,26 +37,29 @@ def trial_losses(
     images: Images,
     trials: Sequence[set[int]],
     count: int,
+    judges: int,
     progress: Callable[[str], None] | None = None,
 ) -> list[float]:
     """The losses of networks in each of which exactly these classes are low, fitted to `count` images.
 
-    Half as many of those held back judge them: on the few that they are fitted to they look better than they are.
+    `judges` others judge them: on the few images that they are fitted to they look better than they are.
     The dense network runs once for as many of them as memory may hold, and each only from where it begins to differ.
     """
+    chunks = images.apart(count, judges)
     size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
     at_once = max(1, min(len(trials), MEMORY // max(size, 1)))
     losses: list[float] = []
     for start in range(0, len(trials), at_once):
-        losses += _side_by_side(flows, images, count, trials[start : start + at_once])
+        losses += _side_by_side(flows, images.trace, *chunks, trials[start : start + at_once])
         if progress:
             progress(f"trial {len(losses)}/{len(trials)}")
     return losses
 
 
-def _side_by_side(flows: Flows, images: Images, count: int, trials: Sequence[set[int]]) -> list[float]:
-    fit = images.some(count)
-    source, store = walk_dense(images.trace, [*fit, *images.judges(max(FEWEST, count) // 2)]), Store()
+def _side_by_side(
+    flows: Flows, trace: Trace, fit: Sequence[Chunk], judges: Sequence[Chunk], trials: Sequence[set[int]]
+) -> list[float]:
+    source, store = walk_dense(trace, [*fit, *judges]), Store()
     made = [_Trial(flows, low, source, store, len(fit)) for low in trials]
     while (trial := min(made, key=lambda trial: trial.place)).place < DONE:
         trial.advance()
@@ -119,7 +123,7 @@ def measure_curves(
     pulled = [(lever, step) for lever, own in zip(levers, steps, strict=True) for step in own]
     count = max(FEWEST, min(128, PASSES * images.count // (2 * max(1, len(levers) * len(shares)))))
     lows = [low_classes([lever], [step]) for lever, step in pulled]
-    losses = iter(trial_losses(flows, images, lows, count, progress))
+    losses = iter(trial_losses(flows, images, lows, count, count, progress))
     return [_rising(own, [next(losses) for _ in own]) for own in steps]
 
 
