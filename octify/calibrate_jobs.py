@@ -148,7 +148,7 @@ def _sensitivities(
     data = read_images(flows.trace, batches, images.samples)
     felt = channel_loss(flows, data.trace, data.some(RANKING_IMAGES))
     levers = find_levers(flows, felt)
-    for lever, curve in zip(levers, measure_curves(flows, data, levers, step), strict=True):
+    for lever, curve in zip(levers, measure_curves(flows, data, levers, step, SHARES), strict=True):
         yield {
             "layers": [f"{path}.{name}" if path else name for name in lever.writers],
             "channels": sum(map(len, lever.steps)),

@@ -14,16 +14,19 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 import octify
-from octify.calibrate import least_squares
+from octify.calibrate import least_squares, run, sensitivity
 from octify.calibrate.budget import Curve
-from octify.calibrate.data import read_images
+from octify.calibrate.data import output_loss, read_images
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
 from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
+from octify.calibrate.sensitivity import fit_of_trial, trial_losses
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
+from octify.calibrate.statistics import run_model
 from octify.calibrate.verdict import compare
+from octify.calibrate.walk import walk_dense, walk_octave
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
 from octify.layout import Layout
@@ -216,8 +219,8 @@ def test_fitting_never_does_worse_than_the_fold_on_its_own_images(net: nn.Module
     images = read_images(flows.trace, [x], None)
     fitted = copy.deepcopy(folded)
     done = fit_kernels(images.trace, fitted, images.fit)
-    assert {layer.layer for layer in done.layers} >= {"first", "conv1", "expand", "depthwise", "project", "last", "fc"}
-    assert all(layer.after <= layer.before * (1 + 1e-9) for layer in done.layers)
+    assert {layer.layer for layer in done} >= {"first", "conv1", "expand", "depthwise", "project", "last", "fc"}
+    assert all(layer.after <= layer.before * (1 + 1e-9) for layer in done)
     assert logit_error(net, fitted, x) < 0.5 * logit_error(net, folded, x)
 
 
@@ -287,6 +290,40 @@ def test_curves_go_through_what_was_measured_and_rise() -> None:
     assert all(later >= earlier for earlier, later in itertools.pairwise(values))
 
 
+@pytest.mark.parametrize(("count", "fit", "judges"), [(8, 5, 3), (33, 22, 11), (90, 48, 42), (200, 48, 96)])
+def test_no_image_both_fits_and_judges(net: nn.Module, count: int, fit: int, judges: int) -> None:
+    x = torch.arange(count).float()[:, None, None, None].expand(count, 3, SIZE, SIZE)
+    images = read_images(prepared(net)[0].trace, [x], None)
+    found = [[int(value) for chunk in part for value in chunk[0][:, 0, 0, 0]] for part in images.apart(48, 96)]
+    assert (len(found[0]), len(found[1])) == (fit, judges)
+    assert len({*found[0], *found[1]}) == fit + judges
+
+
+def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows, _ = prepared(net)
+    images = read_images(flows.trace, [pictures(40)], None)
+    levers = find_levers(flows, {})
+    halves = [low_classes([lever], [len(lever.steps) // 2]) for lever in levers]
+    trials = [set[int](), *halves, low_classes(levers, [len(lever.steps) // 3 for lever in levers])]
+    chunks, judges = images.apart(20, 12)
+    alone: list[float] = []
+    for low in trials:
+        chosen = flows.again(recipe_with(flows, low))
+        converted = finish(chosen, make_plan(chosen)).eval() if low else copy.deepcopy(net)
+        if isinstance(converted, OctaveModule):
+            source, octave = walk_dense(images.trace, chunks), walk_octave(converted, chunks)
+            work = fit_of_trial(source, octave, converted, len(chunks))
+            while work.wanted:
+                work.fit_next(source)
+        alone.append(output_loss(run_model(net, judges), run_model(converted, judges)))
+    together = trial_losses(flows, images, trials, 20, 12)
+    monkeypatch.setattr(sensitivity, "MEMORY", 0)  # for one network at a time
+    assert together == trial_losses(flows, images, trials, 20, 12) == pytest.approx(alone, rel=1e-6)
+    assert alone[0] == 0 and len(set(alone)) == len(alone)
+
+
 @pytest.mark.parametrize("target", [0.9, 0.75, 0.6])
 @pytest.mark.parametrize("pick", [True, False])
 def test_a_budget_is_met_within_a_hundredth(net: nn.Module, target: float, pick: bool) -> None:
@@ -298,6 +335,29 @@ def test_a_budget_is_met_within_a_hundredth(net: nn.Module, target: float, pick:
 def test_a_budget_is_out_of_reach(net: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="out of reach"):
         octify.convert(net, calibration=pictures(), target=0.1)
+
+
+def test_a_larger_loss_allows_a_lower_cost(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    best = run.Calibration._best
+
+    def told(*args: Any) -> Any:
+        found = best(*args)
+        tried.append(found[0])
+        return found
+
+    monkeypatch.setattr(run.Calibration, "_best", told)
+
+    def cost_of(most: float) -> float:
+        report = octify.convert(net, calibration=pictures(8), max_loss=most, fit=False, statistics=False).octify_report
+        return report.cost  # pyright: ignore
+
+    lowest = cost_of(1e9)
+    middle = tried[0]
+    assert lowest < cost_of(0.99 * middle) < 1
+    assert len(tried) == 10 and min(tried[5:]) < middle
+    with pytest.raises(CalibrationError, match="no conversion keeps the loss below"):
+        octify.convert(net, calibration=pictures(8), max_loss=-1.0)
 
 
 def test_the_recipe_gives_the_same_plan_again(net: nn.Module) -> None:

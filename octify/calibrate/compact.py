@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from octify.calibrate.walk import Values
 from octify.compconv import CompConv
 from octify.compweights import fit
 from octify.errors import CalibrationError
@@ -29,7 +30,7 @@ def fit_compact(
     Raises:
         CalibrationError: activations are not finite.
     """
-    pairs = list(zip(inputs, targets, strict=True))
+    pairs: Values[tuple[Tensor, Tensor]] = Values(len(inputs), lambda index: (inputs[index], targets[index]))
     before = _error(comp, pairs)
     unknowns = cast(Tensor, comp.units[0].weight)[0].numel()
     fit(comp, pairs, ridge=ridge, positions=max(ROWS, ROWS_PER_UNKNOWN * unknowns), seed=seed)
@@ -53,8 +54,8 @@ def match_moments(comp: CompConv, pairs: Sequence[tuple[Tensor, Tensor]], norm: 
 
     Half of a CompConv's channels are copies, which no weight of its own brings near the channels that they stand for.
     """
-    mean, variance = _moments([comp(x) for x, _ in pairs])
-    wanted_mean, wanted_variance = _moments([y for _, y in pairs])
+    mean, variance = _moments(comp(x) for x, _ in pairs)
+    wanted_mean, wanted_variance = _moments(y for _, y in pairs)
     tiny = torch.finfo(torch.float32).tiny
     alive = variance > tiny
     ratio = torch.where(alive, (wanted_variance / variance.clamp_min(tiny)).sqrt(), 1.0).clamp(LEAST, MOST)
@@ -65,10 +66,12 @@ def match_moments(comp: CompConv, pairs: Sequence[tuple[Tensor, Tensor]], norm: 
     spread.copy_(scaled.clamp_min(0.0))
 
 
-def _moments(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _moments(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance a channel, in float64."""
-    count = sum(found.numel() // found.shape[1] for found in maps)
-    flat = [found.double().movedim(1, 0).flatten(1) for found in maps]
-    mean = torch.stack([rows.sum(1) for rows in flat]).sum(0) / count
-    square = torch.stack([rows.square().sum(1) for rows in flat]).sum(0) / count
-    return mean, (square - mean.square()).clamp_min(0.0)
+    count, totals, squares = 0, torch.zeros(()), torch.zeros(())
+    for found in maps:
+        rows = found.double().movedim(1, 0).flatten(1)
+        count += rows.shape[1]
+        totals, squares = totals.to(rows) + rows.sum(1), squares.to(rows) + rows.square().sum(1)
+    mean = totals / count
+    return mean, (squares / count - mean.square()).clamp_min(0.0)

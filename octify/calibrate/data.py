@@ -37,8 +37,27 @@ class Images:
 
     def some(self, count: int) -> list[Chunk]:
         """The first `count` images to fit to."""
-        inputs = [torch.cat(parts)[:count] for parts in zip(*self.fit, strict=True)]
-        return split_chunks(inputs, CHUNK)
+        return _first(self.fit, count)
+
+    def apart(self, fit: int, judges: int) -> tuple[list[Chunk], list[Chunk]]:
+        """At most so many images to fit to and to judge by, no image in both; at least a third of all are to judge."""
+        fit = min(fit, 2 * self.count // 3, sum(len(chunk[0]) for chunk in self.fit))
+        rest: list[Chunk] = []
+        seen = 0
+        for chunk in self.fit:
+            if seen + len(chunk[0]) > fit:
+                rest.append(tuple(value[max(0, fit - seen) :] for value in chunk))
+            seen += len(chunk[0])
+        return self.some(fit), _first([*self.held, *rest], judges)
+
+
+def _first(chunks: Sequence[Chunk], count: int) -> list[Chunk]:
+    found: list[Chunk] = []
+    for chunk in chunks:
+        if count > 0:
+            found.append(tuple(value[:count] for value in chunk))
+        count -= len(chunk[0])
+    return found
 
 
 def read_images(trace: Trace, batches: Sequence[Any], samples: int | None) -> Images:

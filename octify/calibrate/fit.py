@@ -7,8 +7,7 @@ what came before. The fold is the prior.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,21 +17,12 @@ from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS
-from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
+from octify.calibrate.walk import Chunk, Values, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.layers import Split
 from octify.module import OctaveModule
 from octify.octbase import OctBase
 from octify.trace import Trace
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a fit did, and what both networks give, chunk by chunk, once it is done."""
-
-    layers: list[Fitted]
-    dense: list[Any]
-    octave: list[Any]
 
 
 def fit_kernels(
@@ -42,40 +32,82 @@ def fit_kernels(
     *,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
-    dense_too: bool = True,
     progress: Callable[[str], None] | None = None,
-) -> Fit:
-    """Fits the layers of a converted network in place; both networks must be in eval mode.
+) -> list[Fitted]:
+    """Fits the layers of a converted network in place, and says how well; both networks must be in eval mode.
 
-    `dense_too` also fits the dense layers behind octave ones, which repairs what reaches them.
+    The dense layers behind octave ones are fitted too, which repairs what reaches them.
 
     Raises:
         CalibrationError: a layer's activations are not finite.
     """
-    dice = torch.Generator().manual_seed(seed)
-    source, octave = walk_dense(trace, chunks), walk_octave(converted, chunks)
-    partner = pair_layers(source.nodes, converted)
-    dense_nodes = iter(source.nodes)
-    fitted: list[Fitted] = []
+    source = walk_dense(trace, chunks)
+    work = FitWork(source, walk_octave(converted, chunks), converted, strengths, seed)
+    while work.wanted is not None:
+        told = work.fit_next(source)
+        if progress:
+            progress(told)
+    return work.layers
+
+
+class FitWork:
+    """The layers of a converted network that are to be fitted, one after the other while the dense network runs."""
+
+    def __init__(
+        self,
+        source: Walk,
+        octave: Walk,
+        converted: OctaveModule,
+        strengths: Sequence[float],
+        seed: int = 0,
+        repairs: Callable[[fx.Node, nn.Module], bool] = lambda node, module: True,
+        rows: float = 1.0,
+        chunks: int | None = None,
+    ) -> None:
+        """`repairs` says which dense layers behind octave ones are fitted too; `rows` see `fit_problem`.
+
+        Fitted is to the first `chunks`.
+        """
+        self.octave, self.converted = octave, converted
+        self.strengths, self.rows, self.chunks = strengths, rows, chunks
+        partner = pair_layers(source.nodes, converted)
+        self.layers: list[Fitted] = []
+        self._waiting = [(partner[node], node) for node in _to_fit(octave.nodes, partner, converted, repairs)]
+        self._dice = torch.Generator().manual_seed(seed)
+
+    @property
+    def wanted(self) -> fx.Node | None:
+        """The dense network's node that the next layer is fitted to; None if all are fitted."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def fit_next(self, source: Walk) -> str:
+        """Runs both networks up to the next layer and fits it: its name."""
+        wanted, node = self._waiting.pop(0)
+        source.run_through(wanted)
+        self.octave.run_before(node)
+        inputs, targets = self.octave.arguments(node)[: self.chunks], source.values[wanted][: self.chunks]
+        self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice, self.rows)
+        return str(node.target)
+
+
+def _to_fit(
+    nodes: Sequence[fx.Node],
+    partner: Mapping[fx.Node, fx.Node],
+    converted: OctaveModule,
+    repairs: Callable[[fx.Node, nn.Module], bool],
+) -> list[fx.Node]:
+    """The first calls of layers that are octave, or that octave ones reach; `nodes` in the order of execution."""
+    found: dict[str, fx.Node] = {}  # a module called again keeps what its first call was fitted to
     changed: set[fx.Node] = set()
-    done: set[str] = set()
-    for node in octave.nodes:
+    for node in nodes:
         altered = any(reads in changed for reads in node.all_input_nodes)
         if node in partner:
-            name, module = str(node.target), converted.get_submodule(str(node.target))
-            outputs = _run_until(source, dense_nodes, partner[node])
-            # A module called again keeps what its first call was fitted to.
-            if name not in done and (isinstance(module, OctBase | CompConv) or (altered and dense_too)):
-                done.add(name)
-                fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
-                if progress:
-                    progress(name)
-            source.free(partner[node])
+            module = converted.get_submodule(str(node.target))
+            if isinstance(module, OctBase | CompConv) or (altered and repairs(partner[node], module)):
+                found.setdefault(str(node.target), node)
         if altered or _is_octave(converted, node):
             changed.add(node)
-        octave.step(node)
-        octave.free(node)
-    return Fit(fitted, source.run(), octave.outputs())
+    return list(found.values())
 
 
 def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
@@ -104,36 +136,26 @@ def pair_layers(nodes: Sequence[fx.Node], converted: OctaveModule) -> dict[fx.No
     return pairs
 
 
-def _run_until(source: Walk, nodes: Iterator[fx.Node], wanted: fx.Node) -> list[Any]:
-    """Runs the dense network up to a node, whose values stay."""
-    for node in nodes:
-        values = source.step(node)
-        if node is wanted:
-            return values
-        source.free(node)
-    raise AssertionError(f"{wanted} does not come in the order of execution")
-
-
 def _fit_layer(
-    octave: Walk,
+    converted: OctaveModule,
     node: fx.Node,
-    module: nn.Module,
-    targets: list[Tensor],
+    inputs: Sequence[tuple[Any, ...]],
+    targets: Sequence[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
+    rows: float,
 ) -> list[Fitted]:
-    inputs = octave.arguments(node)
-    shifts = _shifts(octave.root, node)
+    name = str(node.target)
+    module, shifts = converted.get_submodule(name), _shifts(converted, node)
     if isinstance(module, CompConv):
-        given = [cast(Tensor, args[0]) for args in inputs]
         ridge = RIDGE if len(strengths) > 1 else strengths[0]
-        before, after = fit_compact(module, given, targets, shifts.get("high"), ridge, dice.initial_seed())
-        return [Fitted(str(node.target), "high", before, after, ridge)]
-    found: list[Fitted] = []
-    for problem in problems_of(module):
-        shift = shifts.get(problem.band)
-        found.append(fit_problem(problem, shift, str(node.target), inputs, targets, strengths, dice))
-    return found
+        maps: Values[Tensor] = Values(len(inputs), lambda index: inputs[index][0])
+        before, after = fit_compact(module, maps, targets, shifts.get("high"), ridge, dice.initial_seed())
+        return [Fitted(name, "high", before, after, ridge)]
+    return [
+        fit_problem(problem, shifts.get(problem.band), name, inputs, targets, strengths, dice, rows)
+        for problem in problems_of(module)
+    ]
 
 
 def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ What has more unknowns than a Gram matrix may hold is solved block by block, eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,8 +43,10 @@ class _Data:
     """A layer's inputs and what it shall give, chunk by chunk; the same positions are sampled in every pass."""
 
     problem: Problem
-    inputs: list[tuple[Any, ...]]
-    targets: list[Tensor]
+    inputs: Sequence[tuple[Any, ...]]
+    targets: Sequence[Tensor]
+    rows: float  # of those that a fit samples
+    images: int
     free: int  # 1 if a column of ones stands behind the unknowns
     seed: int
 
@@ -53,8 +56,7 @@ class _Data:
         The first are over images that fit, the second over those held out.
         """
         dice = torch.Generator().manual_seed(self.seed)
-        images = sum(len(target) for target in self.targets)
-        count = -(-max(ROWS, ROWS_PER_UNKNOWN * len(columns)) // images)
+        count = math.ceil(self.rows * max(ROWS, ROWS_PER_UNKNOWN * len(columns)) / self.images)
         both = [Sums.zeros(weight.shape[0], len(columns), weight.shape[2], weight.device) for _ in range(2)]
         others = weight.clone()
         others[:, columns] = 0
@@ -80,12 +82,15 @@ def fit_problem(
     problem: Problem,
     norm: nn.Module | None,
     name: str,
-    inputs: list[tuple[Any, ...]],
-    targets: list[Tensor],
+    inputs: Sequence[tuple[Any, ...]],
+    targets: Sequence[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
+    rows: float = 1.0,
 ) -> Fitted:
     """Fits one band of a layer in place; `norm` is a batch norm behind it that can take a bias into its means.
+
+    `rows` is the share of the usual number of rows that is sampled.
 
     Raises:
         CalibrationError: the layer's activations are not finite.
@@ -96,7 +101,7 @@ def fit_problem(
         bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
         prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
     seed = int(torch.randint(2**31, (1,), generator=dice))
-    data = _Data(problem, inputs, targets, free, seed)
+    data = _Data(problem, inputs, targets, rows, sum(len(target) for target in targets), free, seed)
     weight, strength = prior.clone(), None
     errors: list[float] = []
     energy = 0.0

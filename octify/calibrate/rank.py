@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from octify.calibrate.walk import Chunk, Walk
+from octify.calibrate.walk import Chunk
 from octify.graph import nodes_in
 from octify.plan import Flows
 from octify.resample import pool_low, up_to
@@ -26,35 +26,86 @@ from octify.trace import Trace
 DIGITS = 4  # of a score that count: less than that is rounding, and equal scores shall be ties
 
 
-def rank_channels(flows: Flows, trace: Trace, chunks: Sequence[Chunk]) -> dict[str, list[float]]:
-    """A score per output channel of every writer, by module path; the lowest go low first.
-
-    `trace` is the dense network in eval mode, `chunks` are its inputs.
-    """
-    classes = flows.classes
-    felt = channel_loss(flows, trace, chunks)
-    scores: dict[str, list[float]] = {}
-    for writer in classes.writers:
-        roots = [classes.find(channel) for channel in writer.ids.tolist()]
-        scores[writer.module] = [felt.get(root, 0.0) for root in roots]
-    return scores
-
-
 def channel_loss(flows: Flows, trace: Trace, chunks: Sequence[Chunk]) -> dict[int, float]:
     """What the readers of every channel class lose when it goes low, summed over readers."""
-    walk = Walk(trace.model, trace.graph, chunks)
+    watch = _Watch(flows, trace)
+    with torch.no_grad():
+        for chunk in chunks:
+            watch.run(*(value.clone() for value in chunk))  # the network may write into them
     felt: dict[int, float] = defaultdict(float)
-    for node in walk.nodes:
-        source = _map_read(flows, node)
-        values = walk.step(node)
-        if source is not None:
-            details = _detail(walk.values[source[0]], source[1])
-            shares = details * _weight_of(trace.module_of(node), values)
-            roots = [flows.classes.find(channel) for channel in source[1].ids.ravel().tolist()]
-            for root, share in zip(roots, shares.tolist(), strict=True):
-                felt[root] += share
-        walk.free(node)
+    for reader in watch.readers.values():
+        roots = [flows.classes.find(channel) for channel in reader.read.ids.ravel().tolist()]
+        for root, share in zip(roots, reader.shares().tolist(), strict=True):
+            felt[root] += share
     return {root: float(f"{share:.{DIGITS - 1}e}") for root, share in felt.items()}
+
+
+class _Watch(fx.Interpreter):
+    """Runs the dense network and adds up what convolution-like nodes read and give."""
+
+    def __init__(self, flows: Flows, trace: Trace) -> None:
+        super().__init__(trace.model, graph=trace.graph)
+        self.flows, self.trace = flows, trace
+        self.readers: dict[fx.Node, _Reader] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        source = _map_read(self.flows, n)
+        if source is not None:
+            if n not in self.readers:
+                self.readers[n] = _Reader(source[1], self.trace.module_of(n))
+            self.readers[n].see(self.env[source[0]], value)
+        return value
+
+
+class _Reader:
+    """Sums over images, channel by channel: the energy of `x - UDx` and the outputs' spread."""
+
+    def __init__(self, read: Map, module: nn.Module | None) -> None:
+        self.read, self.module = read, module
+        weight = cast("Tensor | None", getattr(module, "weight", None))
+        self.weight = None if weight is None else weight.detach().double().cpu()
+        self.lost, self.rows = torch.zeros((), dtype=torch.float64), 0
+        self.mean, self.spread, self.count = self.lost, self.lost, 0
+
+    def see(self, x: Tensor, y: Tensor) -> None:
+        """Adds some images."""
+        found = self.read
+        kept = [0, *found.channel, *found.spatial]
+        others = [axis for axis in range(len(found.shape)) if axis not in kept]
+        x = x.permute(0, *others, *found.channel, *found.spatial).flatten(0, len(others))
+        x = x.flatten(1, len(found.channel))
+        lost = x - up_to(pool_low(x, len(found.spatial)), x.shape[2:])
+        self.lost = self.lost + torch.linalg.vector_norm(lost.flatten(2), dim=2).double().square().sum(0).cpu()
+        self.rows += lost.numel() // max(lost.shape[1], 1)
+        if self.weight is not None:
+            axis = 1 if self.weight.dim() > 2 else y.dim() - 1
+            self._add_moments(*torch.var_mean(y, [i for i in range(y.dim()) if i != axis], correction=0), y)
+
+    def _add_moments(self, variance: Tensor, mean: Tensor, y: Tensor) -> None:
+        variance, mean, count = variance.double().cpu(), mean.double().cpu(), y.numel() // max(len(mean), 1)
+        whole = self.count + count
+        moved = mean - self.mean
+        self.spread = self.spread + variance * count + moved.square() * (self.count * count / max(whole, 1))
+        self.mean, self.count = self.mean + moved * (count / max(whole, 1)), whole
+
+    def shares(self) -> Tensor:
+        """The mean energy that is lost, by how much each channel weighs in outputs relative to their own variance."""
+        return self.lost / max(self.rows, 1) * self._weight()
+
+    def _weight(self) -> Tensor:
+        weight = self.weight
+        if weight is None:
+            return torch.ones(1, dtype=torch.float64)
+        variance = (self.spread / max(self.count - 1, 1)).clamp_min(1e-12)
+        transposed = isinstance(self.module, nn.modules.conv._ConvTransposeNd)  # pyright: ignore[reportPrivateUsage]
+        groups = int(getattr(self.module, "groups", 1))
+        if transposed:
+            energy = weight.flatten(2).square().sum(2).unflatten(0, (groups, -1))  # groups, in, out
+            return (energy / variance.unflatten(0, (groups, -1))[:, None]).sum(2).flatten() / len(variance)
+        energy = weight.flatten(2).square().sum(2) if weight.dim() > 2 else weight.square()
+        shares = (energy / variance[:, None]).unflatten(0, (groups, -1)).sum(1)  # groups, in
+        return shares.flatten() / len(variance)
 
 
 def _map_read(flows: Flows, node: fx.Node) -> tuple[fx.Node, Map] | None:
@@ -67,38 +118,3 @@ def _map_read(flows: Flows, node: fx.Node) -> tuple[fx.Node, Map] | None:
         if isinstance(found, Map):
             return source, found
     return None
-
-
-def _detail(values: Sequence[Tensor], found: Map) -> Tensor:
-    """The mean energy of `x - UDx`, channel by channel, in float64."""
-    total, count = torch.zeros(found.ids.size, dtype=torch.float64), 0
-    kept = [0, *found.channel, *found.spatial]
-    others = [axis for axis in range(len(found.shape)) if axis not in kept]
-    for value in values:
-        x = value.permute(0, *others, *found.channel, *found.spatial).flatten(0, len(others))
-        x = x.flatten(1, len(found.channel))
-        lost = x - up_to(pool_low(x, len(found.spatial)), x.shape[2:])
-        total += lost.double().square().sum((0, *range(2, lost.dim()))).cpu()
-        count += lost.numel() // max(lost.shape[1], 1)
-    return total / max(count, 1)
-
-
-def _weight_of(module: nn.Module | None, outputs: Sequence[Any]) -> Tensor:
-    """How much each input channel weighs in a layer's outputs, which count relative to their own variance."""
-    weight = cast("Tensor | None", getattr(module, "weight", None))
-    if weight is None:
-        return torch.ones(1, dtype=torch.float64)
-    weight = weight.detach().double().cpu()
-    axis = 1 if weight.dim() > 2 else -1
-    rows = torch.cat(
-        [output.transpose(1, axis).flatten(2).transpose(0, 1).flatten(1).double().cpu() for output in outputs], 1
-    )
-    variance = rows.var(1).clamp_min(1e-12)
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)  # pyright: ignore[reportPrivateUsage]
-    groups = int(getattr(module, "groups", 1))
-    if transposed:
-        energy = weight.flatten(2).square().sum(2).unflatten(0, (groups, -1))  # groups, in, out
-        return (energy / variance.unflatten(0, (groups, -1))[:, None]).sum(2).flatten() / len(variance)
-    energy = weight.flatten(2).square().sum(2) if weight.dim() > 2 else weight.square()
-    shares = (energy / variance[:, None]).unflatten(0, (groups, -1)).sum(1)  # groups, in
-    return shares.flatten() / len(variance)

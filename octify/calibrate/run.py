@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from octify.calibrate.budget import allocate, uniform_counts
+from octify.calibrate.budget import Curve, allocate, uniform_counts
 from octify.calibrate.costs import CostModel
 from octify.calibrate.data import Images, output_loss, read_images
 from octify.calibrate.distil import BATCH, distil
@@ -18,7 +19,7 @@ from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.report import CalibrationReport, Step
-from octify.calibrate.sensitivity import measure_curves, trial_loss
+from octify.calibrate.sensitivity import measure_curves, trial_losses
 from octify.calibrate.statistics import norms_of, run_model, try_norms
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
@@ -28,7 +29,8 @@ from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 128
-TRIAL_IMAGES = 96
+TRIAL_IMAGES, JUDGES = 48, 96
+NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
 BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
 
 
@@ -79,8 +81,8 @@ class Calibration:
     def _minutes(self) -> float:
         """A guess: a step costs some passes of the dense network, a step of distillation four of a batch."""
         options = self.options
-        passes = 3.0 * options.fit + 1.0 * options.choose + 1.0 * bool(options.statistics)
-        passes += 4.0 * (options.target is not None) + 12.0 * (options.max_loss is not None)
+        passes = 4.0 * options.fit + 0.7 * options.choose + 0.7 * bool(options.statistics)
+        passes += 3.5 * (options.target is not None) + 9.0 * (options.max_loss is not None)
         passes += 4.0 * options.distil * BATCH / self.images.count
         return max(1.0, passes * self.images.pass_seconds / 60)
 
@@ -103,34 +105,19 @@ class Calibration:
         return low_classes(levers, counts)
 
     def _counts(self, levers: Sequence[Lever], cost: CostModel) -> list[int]:
-        options = self.options
-        if not options.choose:
-            return self._cheapest(lambda target: uniform_counts(levers, cost, target), levers, cost)
-        curves = measure_curves(self.flows, self.images, levers, options.progress)
-
-        def best(target: float) -> list[int]:
-            chosen, even = allocate(levers, curves, cost, target), uniform_counts(levers, cost, target)
-            between = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
-            candidates = [chosen, allocate(levers, curves, cost, target, between), even]
-            losses = [self._trial(levers, counts) for counts in candidates]
-            return candidates[losses.index(min(losses))]
-
-        return self._cheapest(best, levers, cost)
-
-    def _cheapest(
-        self, counts_for: Callable[[float], list[int]], levers: Sequence[Lever], cost: CostModel
-    ) -> list[int]:
         """The counts for the target, or for the lowest cost at which the loss stays below `max_loss`."""
         options = self.options
+        curves = measure_curves(self.flows, self.images, levers, options.progress) if options.choose else []
         if options.max_loss is None:
-            return counts_for(options.target or 1.0)
+            candidates = _candidates(levers, curves, cost, options.target or 1.0)
+            return self._best(levers, candidates)[1] if len(candidates) > 1 else candidates[0]
         least = float(cost.ratio(np.array([len(lever.steps) for lever in levers]) * 0.8))
         low, high = max(least, options.target or 0.0), 1.0
         found: list[int] | None = None
         for _ in range(5):
             middle = (low + high) / 2
-            counts = counts_for(middle)
-            if self._trial(levers, counts) <= options.max_loss:
+            loss, counts = self._best(levers, _candidates(levers, curves, cost, middle))
+            if loss <= options.max_loss:
                 high, found = middle, counts
             else:
                 low = middle
@@ -138,34 +125,40 @@ class Calibration:
             raise CalibrationError(f"no conversion keeps the loss below max_loss {options.max_loss:g} on these images")
         return found
 
-    def _trial(self, levers: Sequence[Lever], counts: Sequence[int]) -> float:
-        return trial_loss(self.flows, self.images, low_classes(levers, counts), TRIAL_IMAGES)
+    def _best(self, levers: Sequence[Lever], candidates: Sequence[list[int]]) -> tuple[float, list[int]]:
+        lows = [low_classes(levers, counts) for counts in candidates]
+        return min(zip(trial_losses(self.flows, self.images, lows, TRIAL_IMAGES, JUDGES), candidates, strict=True))
 
     # Kernels, statistics, distillation.
 
+    @cached_property
+    def dense(self) -> list[Any]:
+        """What the dense network gives for the images held back."""
+        return run_model(self.images.trace.model, self.images.held)
+
     def tune(self, converted: OctaveModule) -> None:
         """Changes the weights of a converted network (in eval mode) so that it follows the dense one."""
-        options, images = self.options, self.images
-        dense = run_model(images.trace.model, images.held)
+        options, images, dense = self.options, self.images, self.dense
 
         def loss() -> float:
             return output_loss(dense, run_model(converted, images.held))
 
         if options.fit:
             with self._step("kernels", loss):
-                done = fit_kernels(images.trace, converted, images.fit, seed=options.seed, progress=options.progress)
-            self.report.layers = done.layers
+                self.report.layers = fit_kernels(
+                    images.trace, converted, images.fit, seed=options.seed, progress=options.progress
+                )
         if options.statistics:
-            self._statistics(converted, dense)
+            self._statistics(converted)
         if options.distil:
             with self._step("distillation", loss) as step:
                 told = distil(images, converted, options.distil, seed=options.seed, progress=options.progress)
                 step.note = f"best of {told.steps} steps: {told.best_step}"
 
-    def _statistics(self, converted: OctaveModule, dense: Sequence[Any]) -> None:
+    def _statistics(self, converted: OctaveModule) -> None:
         with self._step("statistics") as step:
             if norms_of(converted):
-                step.before, after = try_norms(converted, self.images.fit, self.images.held, dense)
+                step.before, after = try_norms(converted, self.images.some(NORM_IMAGES), self.images.held, self.dense)
                 step.after = min(step.before, after)
                 step.note = "" if after < step.before else f"batch norm left: {after:.4f} re-estimated"
             elif not self.options.fit:
@@ -178,9 +171,9 @@ class Calibration:
 
     def _judge(self, converted: OctaveModule) -> None:
         images = self.images
-        pair = [run_model(model, images.held) for model in (images.trace.model, converted)]
-        self.report.loss = output_loss(pair[0], pair[1])
-        self.report.agreement = agreement(pair[0], pair[1])
+        octave = run_model(converted, images.held)
+        self.report.loss = output_loss(self.dense, octave)
+        self.report.agreement = agreement(self.dense, octave)
         self.report.cost = model_cost(converted, self.flows.trace.inputs).gmacs / self.dense_macs
 
     @contextmanager
@@ -194,3 +187,14 @@ class Calibration:
         if loss:
             step.after = loss()
         self.report.steps.append(step)
+
+
+def _candidates(levers: Sequence[Lever], curves: Sequence[Curve], cost: CostModel, target: float) -> list[list[int]]:
+    """One alpha for all; if curves say what each lever costs also what they find best, and what lies between."""
+    even = uniform_counts(levers, cost, target)
+    if not curves:
+        return [even]
+    chosen = allocate(levers, curves, cost, target)
+    halfway = [(first + second) // 2 for first, second in zip(chosen, even, strict=True)]
+    between = allocate(levers, curves, cost, target, halfway)
+    return [list(counts) for counts in dict.fromkeys(map(tuple, (chosen, between, even)))]

@@ -2,28 +2,112 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
 
 from octify.calibrate.budget import MOST, Curve
 from octify.calibrate.data import Images, output_loss
-from octify.calibrate.fit import fit_kernels
+from octify.calibrate.fit import FitWork
+from octify.calibrate.least_squares import ROWS_PER_UNKNOWN
 from octify.calibrate.levers import Lever, low_classes, recipe_with
+from octify.calibrate.store import MEMORY, Store
+from octify.calibrate.walk import Chunk, Walk, walk_dense
+from octify.graph import shape_of, tensors_of, value_of
+from octify.module import OctaveModule
 from octify.plan import Flows, make_plan
 from octify.rewrite import rewrite_graph
+from octify.trace import Trace
 
-SHARES = (0.25, 0.5, MOST)
+SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
+MOST_TRIALS = 48  # of several shares a lever
 PASSES = 3  # sensitivities cost about so many passes of the dense network over all images
 FEWEST = 16  # images
-TRIAL_STRENGTH = (0.01,)
+TRIAL_STRENGTH, TRIAL_ROWS = (0.01,), 0.25
+DONE = (sys.maxsize, True)  # the place of a trial that has no more to do
+REPAIRED = 576  # unknowns: what dense layers of so many can make up for behind a lever is not its cost
 
 
-def trial_loss(flows: Flows, images: Images, low: set[int], count: int) -> float:
-    """The loss of the fitted network in which exactly these classes are low, on `count` images."""
-    chosen = flows.again(recipe_with(flows, low))
-    converted = rewrite_graph(chosen, make_plan(chosen)).eval()
-    done = fit_kernels(images.trace, converted, images.some(count), strengths=TRIAL_STRENGTH, dense_too=False)
-    return output_loss(done.dense, done.octave)
+def trial_losses(
+    flows: Flows,
+    images: Images,
+    trials: Sequence[set[int]],
+    count: int,
+    judges: int,
+    progress: Callable[[str], None] | None = None,
+) -> list[float]:
+    """The losses of networks in each of which exactly these classes are low, fitted to `count` images.
+
+    `judges` others judge them: on the few images that they are fitted to they look better than they are.
+    The dense network runs once for as many of them as memory may hold, and each only from where it begins to differ.
+    """
+    chunks = images.apart(count, judges)
+    size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
+    at_once = max(1, min(len(trials), MEMORY // max(size, 1)))
+    losses: list[float] = []
+    for start in range(0, len(trials), at_once):
+        losses += _side_by_side(flows, images.trace, *chunks, trials[start : start + at_once])
+        if progress:
+            progress(f"trial {len(losses)}/{len(trials)}")
+    return losses
+
+
+def _side_by_side(
+    flows: Flows, trace: Trace, fit: Sequence[Chunk], judges: Sequence[Chunk], trials: Sequence[set[int]]
+) -> list[float]:
+    source, store = walk_dense(trace, [*fit, *judges]), Store()
+    made = [_Trial(flows, low, source, store, len(fit)) for low in trials]
+    while (trial := min(made, key=lambda trial: trial.place)).place < DONE:
+        trial.advance()
+    dense = source.run()
+    return [output_loss(dense[len(fit) :], (trial.outputs or dense)[len(fit) :]) for trial in made]
+
+
+class _Trial:
+    """One octave network beside the dense one."""
+
+    def __init__(self, flows: Flows, low: set[int], source: Walk, store: Store, chunks: int) -> None:
+        self.outputs: list[Any] = []
+        self.source, self.store, self.chunks = source, store, chunks
+        self._flows = flows.again(recipe_with(flows, low))
+        self._plan = make_plan(self._flows)
+        self._index = {node: index for index, node in enumerate(source.nodes)}
+        self._work: FitWork | None = None
+        changed = {op.name for op in self._plan.ops if op.form != "dense"}
+        first = next((index for index, node in enumerate(source.nodes) if node.name in changed), None)
+        # When its turn comes: at which node of the dense network, and whether that must have run.
+        self.place: tuple[int, bool] = DONE if first is None else (first, False)
+
+    def advance(self) -> None:
+        """Begins, or fits one layer; behind the last one runs to the end."""
+        work = self._work
+        if work is None:
+            self.source.run_before(self.source.nodes[self.place[0]])
+            converted = rewrite_graph(self._flows, self._plan).eval()
+            octave = self.source.fork(converted, converted.graph, self.store)
+            work = self._work = fit_of_trial(self.source, octave, converted, self.chunks)
+        else:
+            work.fit_next(self.source)
+        self.place = (self._index[work.wanted], True) if work.wanted else DONE
+        if self.place == DONE:
+            self.outputs, self._work = work.octave.run(), None
+
+
+def fit_of_trial(source: Walk, octave: Walk, converted: OctaveModule, chunks: int) -> FitWork:
+    """How the layers of a trial are fitted, to the first chunks: quickly."""
+    images = sum(len(chunk[0]) for chunk in source.chunks[:chunks])
+
+    def repairs(node: fx.Node, module: nn.Module) -> bool:
+        weight, shape = cast(Tensor, module.weight), shape_of(value_of(node)) or (1, 1)
+        outputs = cast(int, getattr(module, "out_channels", None) or getattr(module, "out_features", 1))
+        unknowns = weight.numel() // outputs
+        return unknowns <= REPAIRED and images * math.prod(shape[1:]) // outputs >= ROWS_PER_UNKNOWN * unknowns
+
+    return FitWork(source, octave, converted, TRIAL_STRENGTH, repairs=repairs, rows=TRIAL_ROWS, chunks=chunks)
 
 
 def measure_curves(
@@ -31,19 +115,16 @@ def measure_curves(
     images: Images,
     levers: Sequence[Lever],
     progress: Callable[[str], None] | None = None,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float] | None = None,
 ) -> list[Curve]:
-    """The loss of each lever at some shares; more levers get fewer images, within bounds."""
-    trials = max(1, len(levers) * len(shares))
-    count = max(FEWEST, min(128, PASSES * images.count // (2 * trials)))
-    curves: list[Curve] = []
-    for index, lever in enumerate(levers):
-        steps = sorted({max(1, int(share * len(lever.steps))) for share in shares})
-        losses = [trial_loss(flows, images, low_classes([lever], [step]), count) for step in steps]
-        curves.append(_rising(steps, losses))
-        if progress:
-            progress(f"sensitivity {index + 1}/{len(levers)} {lever.name}")
-    return curves
+    """The loss of each lever at some shares; more levers get fewer images and shares, within bounds."""
+    shares = shares or (SHARES if len(levers) * len(SHARES) <= MOST_TRIALS else MIDDLE)
+    steps = [sorted({max(1, int(share * len(lever.steps))) for share in shares}) for lever in levers]
+    pulled = [(lever, step) for lever, own in zip(levers, steps, strict=True) for step in own]
+    count = max(FEWEST, min(128, PASSES * images.count // (2 * max(1, len(levers) * len(shares)))))
+    lows = [low_classes([lever], [step]) for lever, step in pulled]
+    losses = iter(trial_losses(flows, images, lows, count, count, progress))
+    return [_rising(own, [next(losses) for _ in own]) for own in steps]
 
 
 def _rising(steps: Sequence[int], losses: Sequence[float]) -> Curve:

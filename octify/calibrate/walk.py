@@ -1,90 +1,136 @@
-"""Running a graph node by node over all calibration images, so that two networks can be compared on the way."""
+"""Running a graph over all calibration images, a stretch of it at a time, so that two networks go side by side."""
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
 
+from octify.calibrate.store import Shelf, Store
 from octify.graph import map_leaves, nodes_in
 from octify.module import OctaveModule, graph_of_mode
 from octify.trace import Trace
 
-MEMORY = 3 << 30  # bytes of activations kept in memory per network; what is beyond goes to unnamed temporary files
-
 Chunk = tuple[Tensor, ...]  # the model's inputs for some images
+Value = TypeVar("Value")
+
+
+class Values(Sequence[Value]):
+    """Something of every chunk, made anew (or read from the file) each time that it is asked for."""
+
+    def __init__(self, count: int, value: Callable[[int], Value]) -> None:
+        self._count, self._value = count, value
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value | Sequence[Value]:
+        chosen = range(self._count)[index]
+        return self._value(chosen) if isinstance(chosen, int) else Values(len(chosen), lambda i: self._value(chosen[i]))
+
+    def __len__(self) -> int:
+        return self._count
 
 
 class Walk:
-    """A graph run over chunks of images, one node at a time; a value is dropped behind its last reader.
+    """A graph run over chunks of images, chunk by chunk through a stretch of nodes.
 
-    Every node runs once per chunk, whatever is measured or changed on the way.
+    Every node runs once per chunk, whatever is measured or changed where a stretch ends. What later nodes read is kept.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, chunks: Sequence[Chunk], memory: int = MEMORY) -> None:
-        self.root, self.chunks, self.memory = root, chunks, memory
+    def __init__(self, root: nn.Module, graph: fx.Graph, chunks: Sequence[Chunk], store: Store | None = None) -> None:
+        self.root, self.chunks = root, chunks
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.result: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
-        self.values: dict[fx.Node, list[Any]] = {}
+        self._index = {node: index for index, node in enumerate(self.nodes)}
+        self._last = _last_readers(self.nodes, nodes_in(self.result))
         self._run = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
         self._inputs = [node for node in self.nodes if node.op == "placeholder"]
-        self._last = _last_readers(self.nodes, nodes_in(self.result))
-        self._held = 0
+        store = store or Store()
+        self._shelves: list[Shelf[fx.Node]] = [Shelf(store) for _ in chunks]
+        self._kept: list[fx.Node] = []
+        self._done = 0
 
-    def step(self, node: fx.Node) -> list[Any]:
-        """Runs one node on all chunks."""
-        with torch.no_grad():
-            values = [self._keep(self._value(node, index)) for index in range(len(self.chunks))]
-        self.values[node] = values
-        return values
+    def run_before(self, node: fx.Node) -> None:
+        """Runs all that comes before a node."""
+        self._run_until(self._index[node], None)
 
-    def free(self, node: fx.Node) -> None:
-        """Drops what nobody reads behind this node."""
-        for dead in self._last[node]:
-            for value in self.values.pop(dead, []):
-                self._held -= _bytes(value)
+    def run_through(self, node: fx.Node) -> None:
+        """Runs all up to a node, and the node, whose value is kept until the next stretch even if nobody reads it."""
+        self._run_until(self._index[node] + 1, node)
 
-    def arguments(self, node: fx.Node) -> list[tuple[Any, ...]]:
+    @property
+    def values(self) -> dict[fx.Node, Sequence[Any]]:
+        """What is kept of nodes that have run, chunk by chunk."""
+        return {node: self._each(lambda shelf, node=node: shelf.look(node)) for node in self._kept}
+
+    def arguments(self, node: fx.Node) -> Sequence[tuple[Any, ...]]:
         """A node's positional arguments, chunk by chunk."""
-        return [self._lookup(node.args, index) for index in range(len(self.chunks))]
+        return self._each(lambda shelf: self._lookup(node.args, shelf.look))
 
-    def outputs(self) -> list[Any]:
-        """What the network gives, chunk by chunk, once every node has run."""
-        return [self._lookup(self.result, index) for index in range(len(self.chunks))]
+    def fork(self, root: nn.Module, graph: fx.Graph, store: Store) -> Walk:
+        """A walk over another network from where this one stands; so far both must be the same."""
+        other = Walk(root, graph, self.chunks, store)
+        twin = dict(zip(self.nodes[: self._done], other.nodes, strict=False))
+        if any((node.op, node.target) != (mine.op, mine.target) for node, mine in twin.items()):
+            raise AssertionError("the networks differ before they fork")
+        other._done, other._kept = self._done, [twin[node] for node in self._kept]
+        for mine, theirs in zip(self._shelves, other._shelves, strict=True):
+            theirs.change(lambda _, mine=mine: {twin[node]: value for node, value in mine.copied().items()})
+        return other
+
+    def _each(self, value: Callable[[Shelf[fx.Node]], Any]) -> Sequence[Any]:
+        return Values(len(self._shelves), lambda index: value(self._shelves[index]))
 
     def run(self) -> list[Any]:
-        """Runs everything that has not run yet."""
-        for node in self.nodes:
-            if node not in self.values:
-                self.step(node)
-                self.free(node)
-        return self.outputs()
+        """Runs the rest: what the network gives, chunk by chunk."""
+        self._run_until(len(self.nodes), None)
+        return list(self._each(lambda shelf: self._lookup(self.result, shelf.look)))
 
-    def _lookup(self, argument: Any, index: int) -> Any:
-        def value(leaf: Any) -> Any:
-            return self.values[leaf][index] if isinstance(leaf, fx.Node) else leaf
+    def _run_until(self, stop: int, wanted: fx.Node | None) -> None:
+        if stop < self._done:
+            raise AssertionError(f"{self.nodes[stop]} does not come in the order of execution")
+        stretch, self._done = self.nodes[self._done : stop], stop
+        ends: dict[int, list[fx.Node]] = defaultdict(list)
+        self._kept = kept = list[fx.Node]()
+        for node in self.nodes[:stop]:
+            lives = node is wanted or self._last[node] >= stop
+            if lives and node.op != "get_attr":
+                kept.append(node)
+            elif not lives:
+                ends[self._last[node]].append(node)
 
-        return map_leaves(argument, value)
+        def work(index: int, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+            for node in stretch:
+                values[node] = self._value(node, index, values.__getitem__)
+                for dead in ends[self._index[node]]:
+                    values.pop(dead, None)
+            return {node: values[node] for node in kept}
 
-    def _value(self, node: fx.Node, index: int) -> Any:
+        with torch.no_grad():
+            for index, shelf in enumerate(self._shelves):
+                shelf.change(lambda values, index=index: work(index, values))
+
+    def _value(self, node: fx.Node, index: int, read: Callable[[fx.Node], Any]) -> Any:
         if node.op == "placeholder":
             position = self._inputs.index(node)
             given = self.chunks[index]
-            return given[position] if position < len(given) else node.args[0] if node.args else None
-        args, kwargs = self._lookup(node.args, index), self._lookup(node.kwargs, index)
+            # A copy, because the network may write into it.
+            return given[position].clone() if position < len(given) else node.args[0] if node.args else None
+        args, kwargs = self._lookup(node.args, read), self._lookup(node.kwargs, read)
         return getattr(self._run, node.op)(node.target, args, kwargs)
 
-    def _keep(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self._held += _bytes(value)
-            return _spilled(value) if self._held > self.memory and value.device.type == "cpu" else value
-        if type(value) in (tuple, list):
-            return type(value)(self._keep(item) for item in value)
-        return value
+    def _lookup(self, argument: Any, read: Callable[[fx.Node], Any]) -> Any:
+        def value(leaf: Any) -> Any:
+            if not isinstance(leaf, fx.Node):
+                return leaf
+            return self._run.get_attr(leaf.target, (), {}) if leaf.op == "get_attr" else read(leaf)  # pyright: ignore
+
+        return map_leaves(argument, value)
 
 
 def walk_dense(trace: Trace, chunks: Sequence[Chunk]) -> Walk:
@@ -98,32 +144,13 @@ def walk_octave(converted: OctaveModule, chunks: Sequence[Chunk]) -> Walk:
     return Walk(converted, converted.graph, chunks)
 
 
-def _last_readers(nodes: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that it is the last one to read."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        last[node] = node
-        last.update(dict.fromkeys(node.all_input_nodes, node))
-    dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node, reader in last.items():
-        if node not in kept:
-            dying[reader].append(node)
-    return dying
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _spilled(value: Tensor) -> Tensor:
-    """The same values in a file of their own, which goes when the tensor goes."""
-    if not value.numel():
-        return value
-    with tempfile.NamedTemporaryFile(prefix="octify-") as file:
-        stored = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
-    return stored.view(value.shape).copy_(value)
+def _last_readers(nodes: Sequence[fx.Node], kept: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """The index of the last node that reads each one's value; beyond all of them for what is kept."""
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(nodes):
+        last[node] = index
+        last.update(dict.fromkeys(node.all_input_nodes, index))
+    return {**last, **dict.fromkeys(kept, len(nodes))}
 
 
 def split_chunks(inputs: Sequence[Tensor], size: int) -> list[Chunk]:
