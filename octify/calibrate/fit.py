@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS
+from octify.calibrate.targets import Extra, extra_of
 from octify.calibrate.walk import Chunk, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.layers import Split
@@ -67,7 +69,8 @@ def fit_kernels(
             # A module called again keeps what its first call was fitted to.
             if name not in done and (isinstance(module, OctBase | CompConv) or (altered and dense_too)):
                 done.add(name)
-                fitted += _fit_layer(octave, node, module, outputs, strengths, dice)
+                extra = extra_of(source, octave, (partner[node], node), outputs)
+                fitted += _fit_layer(octave, node, module, outputs, extra, strengths, dice)
                 if progress:
                     progress(name)
             source.free(partner[node])
@@ -119,6 +122,7 @@ def _fit_layer(
     node: fx.Node,
     module: nn.Module,
     targets: list[Tensor],
+    extra: Extra | None,
     strengths: Sequence[float],
     dice: torch.Generator,
 ) -> list[Fitted]:
@@ -132,7 +136,8 @@ def _fit_layer(
     found: list[Fitted] = []
     for problem in problems_of(module):
         shift = shifts.get(problem.band)
-        found.append(fit_problem(problem, shift, str(node.target), inputs, targets, strengths, dice))
+        more = partial(extra, problem.band) if extra is not None else None
+        found.append(fit_problem(problem, shift, str(node.target), inputs, targets, strengths, dice, more))
     return found
 
 

@@ -8,7 +8,7 @@ What has more unknowns than a Gram matrix may hold is solved block by block, eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,6 +44,7 @@ class _Data:
     problem: Problem
     inputs: list[tuple[Any, ...]]
     targets: list[Tensor]
+    extra: Callable[[int], Tensor | None] | None  # what is added to a chunk's targets
     free: int  # 1 if a column of ones stands behind the unknowns
     seed: int
 
@@ -60,8 +61,9 @@ class _Data:
         others[:, columns] = 0
         whole = len(columns) == weight.shape[1]
         seen, energy = 0, 0.0
-        for given, target in zip(self.inputs, self.targets, strict=True):
-            sampled = self.problem.rows(given, target, count, dice)
+        for index, (given, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+            more = self.extra(index) if self.extra is not None else None
+            sampled = self.problem.rows(given, target, count, dice, more)
             x, y = sampled.x, sampled.y
             energy += float(y.double().square().sum())
             if self.free:
@@ -84,8 +86,11 @@ def fit_problem(
     targets: list[Tensor],
     strengths: Sequence[float],
     dice: torch.Generator,
+    extra: Callable[[int], Tensor | None] | None = None,
 ) -> Fitted:
     """Fits one band of a layer in place; `norm` is a batch norm behind it that can take a bias into its means.
+
+    `extra` is what the band shall give beside the dense layer's output `targets`, chunk by chunk.
 
     Raises:
         CalibrationError: the layer's activations are not finite.
@@ -96,7 +101,7 @@ def fit_problem(
         bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
         prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
     seed = int(torch.randint(2**31, (1,), generator=dice))
-    data = _Data(problem, inputs, targets, free, seed)
+    data = _Data(problem, inputs, targets, extra, free, seed)
     weight, strength = prior.clone(), None
     errors: list[float] = []
     energy = 0.0
