@@ -27,7 +27,10 @@ HELD_OUT = 5  # every fifth image chooses the ridge
 
 @dataclass(frozen=True)
 class Fitted:
-    """How well one band of one layer follows the dense network: mean squared errors as shares of the target's."""
+    """How well one band of one layer gives what it is fitted to: mean squared errors as shares of the target's.
+
+    In front of a sum that is also what the other summand lacks, most of which may be out of the layer's reach.
+    """
 
     layer: str
     band: str
