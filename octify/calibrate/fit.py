@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
 from octify.calibrate.solve import STRENGTHS
+from octify.calibrate.targets import Extra, extra_of
 from octify.calibrate.walk import Chunk, Values, Walk, walk_dense, walk_octave
 from octify.compconv import CompConv
 from octify.layers import Split
@@ -86,7 +88,8 @@ class FitWork:
         source.run_through(wanted)
         self.octave.run_before(node)
         inputs, targets = self.octave.arguments(node)[: self.chunks], source.values[wanted][: self.chunks]
-        self.layers += _fit_layer(self.converted, node, inputs, targets, self.strengths, self._dice, self.rows)
+        extra = extra_of(source, self.octave, (wanted, node), targets)
+        self.layers += _fit_layer(self.converted, node, inputs, targets, extra, self.strengths, self._dice, self.rows)
         return str(node.target)
 
 
@@ -141,6 +144,7 @@ def _fit_layer(
     node: fx.Node,
     inputs: Sequence[tuple[Any, ...]],
     targets: Sequence[Tensor],
+    extra: Extra | None,
     strengths: Sequence[float],
     dice: torch.Generator,
     rows: float,
@@ -152,10 +156,11 @@ def _fit_layer(
         maps: Values[Tensor] = Values(len(inputs), lambda index: inputs[index][0])
         before, after = fit_compact(module, maps, targets, shifts.get("high"), ridge, dice.initial_seed())
         return [Fitted(name, "high", before, after, ridge)]
-    return [
-        fit_problem(problem, shifts.get(problem.band), name, inputs, targets, strengths, dice, rows)
-        for problem in problems_of(module)
-    ]
+    found: list[Fitted] = []
+    for problem in problems_of(module):
+        shift, more = shifts.get(problem.band), partial(extra, problem.band) if extra is not None else None
+        found.append(fit_problem(problem, shift, name, inputs, targets, strengths, dice, rows, more))
+    return found
 
 
 def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:

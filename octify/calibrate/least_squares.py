@@ -9,7 +9,7 @@ What has more unknowns than a Gram matrix may hold is solved block by block, eac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +28,10 @@ HELD_OUT = 5  # every fifth image chooses the ridge
 
 @dataclass(frozen=True)
 class Fitted:
-    """How well one band of one layer follows the dense network: mean squared errors as shares of the target's."""
+    """How well one band of one layer gives what it is fitted to: mean squared errors as shares of the target's.
+
+    In front of a sum that is also what the other summand lacks, most of which may be out of the layer's reach.
+    """
 
     layer: str
     band: str
@@ -47,6 +50,7 @@ class _Data:
     targets: Sequence[Tensor]
     rows: float  # of those that a fit samples
     images: int
+    extra: Callable[[int], Tensor | None] | None  # what is added to a chunk's targets
     free: int  # 1 if a column of ones stands behind the unknowns
     seed: int
 
@@ -62,8 +66,9 @@ class _Data:
         others[:, columns] = 0
         whole = len(columns) == weight.shape[1]
         seen, energy = 0, 0.0
-        for given, target in zip(self.inputs, self.targets, strict=True):
-            sampled = self.problem.rows(given, target, count, dice)
+        for index, (given, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+            more = self.extra(index) if self.extra is not None else None
+            sampled = self.problem.rows(given, target, count, dice, more)
             x, y = sampled.x, sampled.y
             energy += float(y.double().square().sum())
             if self.free:
@@ -87,10 +92,12 @@ def fit_problem(
     strengths: Sequence[float],
     dice: torch.Generator,
     rows: float = 1.0,
+    extra: Callable[[int], Tensor | None] | None = None,
 ) -> Fitted:
     """Fits one band of a layer in place; `norm` is a batch norm behind it that can take a bias into its means.
 
-    `rows` is the share of the usual number of rows that is sampled.
+    `rows` is the share of the usual number of rows that is sampled; `extra` is what the band shall give beside the
+    dense layer's output `targets`, chunk by chunk.
 
     Raises:
         CalibrationError: the layer's activations are not finite.
@@ -101,7 +108,7 @@ def fit_problem(
         bias = torch.zeros(prior.shape[0], prior.shape[2]) if problem.bias is None else problem.bias.detach()
         prior = torch.cat([prior, bias.double().reshape(prior.shape[0], 1, -1).to(prior)], 1)
     seed = int(torch.randint(2**31, (1,), generator=dice))
-    data = _Data(problem, inputs, targets, rows, sum(len(target) for target in targets), free, seed)
+    data = _Data(problem, inputs, targets, rows, sum(len(target) for target in targets), extra, free, seed)
     weight, strength = prior.clone(), None
     errors: list[float] = []
     energy = 0.0

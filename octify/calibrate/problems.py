@@ -46,8 +46,13 @@ class Problem(Protocol):
     groups: int
     bias: nn.Parameter | None
 
-    def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
-        """Samples up to `count` positions an image."""
+    def rows(
+        self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator, extra: Tensor | None = None
+    ) -> Rows:
+        """Samples up to `count` positions an image; `output` is the dense layer's.
+
+        `extra` is added to what the band shall be, channels at axis 1.
+        """
         ...
 
     def weight(self) -> Tensor:
@@ -74,12 +79,15 @@ class ConvProblem:
             self._weights = {"hh": cast(nn.Parameter, home.weight)}
             self.bias = cast("nn.Parameter | None", home.bias)
 
-    def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
+    def rows(
+        self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator, extra: Tensor | None = None
+    ) -> Rows:
         """Samples up to `count` positions an image."""
         layer = self.layer
         bands: tuple[Any, ...] = inputs[0] if isinstance(inputs[0], tuple) else inputs  # pyright: ignore
         high, low = cast(Tensor, bands[0]), cast("Tensor | None", bands[1] if len(bands) > 1 else None)
         target = _target(layer, self.side, output)
+        target = target if extra is None else target + extra
         points = sample_points(target.shape[2:], count, dice, target.device)
         pieces = [self._features(path, high, low, output, points) for path in self.paths]
         x = torch.cat(pieces, 3)
@@ -154,13 +162,16 @@ class OctLinearProblem(ConvProblem):
         super().__init__(cast(OctConv, layer), side)
         self.halved = layer.halved
 
-    def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
+    def rows(
+        self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator, extra: Tensor | None = None
+    ) -> Rows:
         """Samples up to `count` positions an image."""
         given: tuple[Any, ...] = inputs[0] if isinstance(inputs[0], tuple) else inputs  # pyright: ignore
         maps = {name: cast(Tensor, band).movedim(-1, 1) for name, band in zip("hl", given, strict=False)}
         layout = self.layer.out_layout
         wanted = take(output.movedim(-1, 1), 1, layout.high_index if self.side == "h" else layout.low_index)
         wanted = pool_low(wanted, self.halved) if self.side == "l" else wanted
+        wanted = wanted if extra is None else wanted + extra
         points = sample_points(wanted.shape[2:], count, dice, wanted.device)
         pieces = [self._taken(path, maps[path[0]], points) for path in self.paths]
         y = wanted.flatten(2)[:, :, ravel(points, wanted.shape[2:])].transpose(1, 2)
@@ -183,8 +194,11 @@ class LinearProblem:
     def __init__(self, layer: nn.Linear) -> None:
         self.layer, self.bias = layer, cast("nn.Parameter | None", layer.bias)
 
-    def rows(self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator) -> Rows:
+    def rows(
+        self, inputs: tuple[Any, ...], output: Tensor, count: int, dice: torch.Generator, extra: Tensor | None = None
+    ) -> Rows:
         """Samples up to `count` rows an image."""
+        output = output if extra is None else output + extra.movedim(1, -1)
         x, y = (value.flatten(1, -2) if value.dim() > 2 else value.unsqueeze(1) for value in (inputs[0], output))
         points = sample_points(x.shape[1:2], count, dice, x.device)[:, 0]
         return Rows(x[:, points].unsqueeze(2), y[:, points].unsqueeze(2))
