@@ -37,7 +37,8 @@ class Branches:
     def __init__(self, flows: Flows, plan: Plan) -> None:
         self.source: nn.Module | None = meta_copy(flows.trace.model)
         self.example = flows.trace.inputs
-        self.recipe = _as_planned(flows, plan)
+        planned = _as_planned(flows, plan)
+        self.recipes = (planned, planned.with_defaults(min_size=1))  # what lies between layers may be smaller now
         self.made: list[Branch] = []
         self.chosen: dict[Key, Branch | None] = {}
 
@@ -45,7 +46,7 @@ class Branches:
         return Branches.__new__(Branches)._fill(self._state())
 
     def _state(self) -> dict[str, Any]:
-        return {"source": self.source, "example": self.example, "recipe": self.recipe}
+        return {"source": self.source, "example": self.example, "recipes": self.recipes}
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -79,25 +80,29 @@ class Branches:
         for branch in self.made:
             if _passes(branch.over(module), inputs):
                 return branch
-        try:
-            branch = Branch(self._trace_again(inputs), module, self.source)
-        except OctifyError as error:
-            shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor))
-            raise TraceError(
-                f"an input of {shapes} takes the source through another branch than the example's, which does not fit "
-                f"the plan: convert with example_inputs of this size.\n  {error}"
-            ) from error
-        self.made.append(branch)
-        return branch
+        failures: list[OctifyError] = []
+        for recipe in self.recipes:
+            try:
+                branch = Branch(self._trace_again(inputs, recipe), module, self.source)
+            except OctifyError as error:
+                failures.append(error)
+            else:
+                self.made.append(branch)
+                return branch
+        shapes = ", ".join("x".join(map(str, value.shape)) for value in inputs if isinstance(value, Tensor))
+        raise TraceError(
+            f"an input of {shapes} takes the source through another branch than the example's, which does not fit "
+            f"the plan: convert with example_inputs of this size.\n  {failures[0]}"
+        ) from failures[0]
 
-    def _trace_again(self, inputs: tuple[Any, ...]) -> OctaveModule:
+    def _trace_again(self, inputs: tuple[Any, ...], recipe: Recipe) -> OctaveModule:
         given = tuple(
             torch.empty(value.shape, dtype=like.dtype, device="meta") if isinstance(value, Tensor) else value
             for value, like in zip(inputs, self.example, strict=True)
         )
         if self.source is None:
             raise TraceError("the source's class cannot be pickled, so a pickle knows the example's branches only")
-        flows = Flows(trace_model(self.source, given, ("guarded",)), self.recipe)
+        flows = Flows(trace_model(self.source, given, ("guarded",)), recipe)
         plan = make_plan(flows)
         converted = rewrite_graph(flows, plan)
         check_graph(converted, flows, plan)

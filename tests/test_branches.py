@@ -16,6 +16,8 @@ import octify
 from octify.branches import takes_branches
 from octify.errors import TraceError
 from octify.graph import meta_copy
+from octify.layers import Merge, Split
+from octify.oracles import ReplicatePadding
 
 SHAPE = (2, 3, 64, 64)  # needs neither padding nor resizing
 OTHERS = ((1, 3, 64, 64), (1, 3, 63, 64), (2, 3, 66, 70), (1, 3, 61, 75))
@@ -90,6 +92,16 @@ def test_the_choice_of_a_graph_is_not_counted() -> None:
             model(x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@torch.no_grad()
+def test_a_much_smaller_size_keeps_the_layouts_of_the_example() -> None:
+    source = Decoder().eval()
+    model, x = converted(source), torch.randn(1, 3, 15, 18)
+    with ReplicatePadding():
+        flat = x[:, :, :1, :1].expand_as(x).contiguous()
+        assert torch.allclose(model(flat), source(flat), atol=1e-5)
+    assert all(not isinstance(layer, Split | Merge) for layer in model.modules())
 
 
 def test_every_branch_trains_the_one_set_of_weights() -> None:
