@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
+from keyword import iskeyword
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -60,9 +61,13 @@ class SymbolicTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A dictionary of a kind of its own (an OrderedDict, a model's output) stays one."""
-        if isinstance(a, dict) and type(cast(object, a)) is not dict and all(isinstance(key, str) for key in a):  # pyright: ignore
-            return self.create_node("call_function", type(a), (), super().create_arg(dict(a)))  # pyright: ignore
-        return super().create_arg(a)
+        if not isinstance(a, dict) or type(cast(object, a)) is dict:
+            return super().create_arg(a)
+        kind: Any = type(cast(object, a))
+        items = cast("dict[Any, Any]", super().create_arg(dict(cast("dict[Any, Any]", a))))
+        if all(isinstance(key, str) and key.isidentifier() and not iskeyword(key) for key in items):
+            return self.create_node("call_function", kind, (), items)
+        return self.create_node("call_function", kind, (items,), {})
 
     @contextmanager
     def _watched(self) -> Generator[None]:

@@ -360,3 +360,25 @@ def test_poolings_of_both_bands_are_part_of_the_program(pool: nn.Module) -> None
         for size in ((64, 64), (61, 59), (62, 31), (47, 50), (33, 35)):
             x = torch.randn(2, 3, *size)
             assert close(form(x), octave_net(x)), size
+
+
+class Learned(nn.Module):
+    """What is the same for all images of a batch: a number a channel, and a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.scale, self.place = nn.Parameter(torch.rand(1, 8, 1, 1)), nn.Parameter(torch.rand(1, 8, 12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.conv(x) * self.scale) + self.place)
+
+
+def test_what_is_learned_holds_for_every_image_of_a_batch() -> None:
+    net = Learned().eval()
+    form = build._with_programs(flatten(net, (torch.empty(1, 3, 12, 12, device="meta"),)),
+                                (torch.empty(1, 3, 12, 12, device="meta"),))  # fmt: skip
+    assert form is not None
+    x = torch.randn(3, 3, 12, 12)
+    with torch.no_grad():
+        assert close(form(x), net(x))

@@ -80,7 +80,7 @@ class Noise(Body):
 
 class Ordered(Body):
     def forward(self, x: Tensor) -> object:
-        return OrderedDict(out=super().forward(x), features=[x])
+        return OrderedDict({"out": super().forward(x), "features": [x], "0": x, "class": x})
 
 
 @dataclass

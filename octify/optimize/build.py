@@ -113,10 +113,23 @@ def _with_programs(module: Optimized, example: tuple[Any, ...]) -> Optimized | N
     if why_not():
         return None
     form = _copied(module)
-    record_values(meta_copy(form).eval(), form.graph, example)
+    _record_two_images(form, example)
     count = lower_native(form)
     form.octify_passes |= {"programs of octify's own kernels": count}
     return _finished(form.to(memory_format=torch.channels_last)) if count else None
+
+
+def _record_two_images(form: Optimized, example: tuple[Any, ...]) -> None:
+    """Records values for a batch of two, which tells maps of the batch from those that are the same for all images.
+
+    A form that was traced for a batch of its own keeps that.
+    """
+    ghost = meta_copy(form).eval()
+    two = tuple(value.repeat(2, *(1,) * (value.dim() - 1)) if value.shape[0] == 1 else value for value in example)
+    try:
+        record_values(ghost, form.graph, two)
+    except Exception:  # whatever a fixed shape runs into
+        record_values(ghost, form.graph, example)
 
 
 class Frozen(nn.Module):

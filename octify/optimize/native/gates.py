@@ -41,15 +41,15 @@ def is_choice(node: fx.Node) -> bool:
 
 
 def gate_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The gate (N, C, 1, 1) and the map of a product of the two."""
+    """The gate, (N, C, 1, 1) or (1, C, 1, 1), and the map of a product of the two."""
     if node.target not in MULS or len(node.args) != 2 or node.kwargs:
         return None
     pair = node.args
     if not all(isinstance(argument, fx.Node) for argument in pair):
         return None
     gate, x = sorted(cast("tuple[fx.Node, fx.Node]", pair), key=_positions)
-    shapes = shape_of(value_of(gate)), shape_of(value_of(x))
-    fits = shapes[0] is not None and shapes[1] is not None and shapes[0] == (*shapes[1][:2], 1, 1) != shapes[1]
+    small, shape = (shape_of(value_of(node)) or () for node in (gate, x))
+    fits = small[1:] == (*shape[1:2], 1, 1) != shape[1:] and small[:1] in ((1,), shape[:1])
     return (gate, x) if fits else None
 
 

@@ -39,7 +39,7 @@ struct Part {
 };
 
 // What is read: a map, or several side by side as act(scale · x + shift), which never is a whole map. Scale and shift
-// may be none; a gate is a map of one position, whose numbers are the scale of its image.
+// may be none; a gate is a map of one position, whose numbers are the scale of its image (or of all).
 struct Input {
   int64_t map;
   const Part* parts;  // or none
@@ -353,7 +353,7 @@ static void fill(const Input& input, const Map* maps, int64_t from, int64_t coun
   const Map &gate = maps[input.gate], &x = maps[input.parts[0].map];
   for (const int64_t image = x.h * x.w, end = from + count; from < end;) {
     const int64_t n = from / image, here = std::min(end, (n + 1) * image) - from;
-    fill_by(input, maps, from, here, to, pitch, gate.data + n * gate.c);
+    fill_by(input, maps, from, here, to, pitch, gate.data + (gate.n == 1 ? 0 : n) * gate.c);
     from += here, to += here * pitch;
   }
 }
