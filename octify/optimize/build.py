@@ -125,7 +125,7 @@ def _record_two_images(form: Optimized, example: tuple[Any, ...]) -> None:
     A form that was traced for a batch of its own keeps that.
     """
     ghost = meta_copy(form).eval()
-    two = tuple(value.repeat(2, *(1,) * (value.dim() - 1)) if value.shape[0] == 1 else value for value in example)
+    two = tuple(value.repeat(2, *(1,) * (value.dim() - 1)) if value.shape[:1] == (1,) else value for value in example)
     try:
         record_values(ghost, form.graph, two)
     except Exception:  # whatever a fixed shape runs into
