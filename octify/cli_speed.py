@@ -74,6 +74,9 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         checkpoint: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint.", show_default=False)],
         output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
         format: Annotated[str | None, typer.Option(metavar="onnx|pt2|openvino", help="By the ending, else.")] = None,
+        multiple: Annotated[
+            int, typer.Option(help="Take multiples of it only; at 32 ONNX Runtime is faster than at any size.")
+        ] = 1,
         overwrite: Annotated[bool, typer.Option(help="Replace the output if it is there.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -81,10 +84,11 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         """Write a checkpoint for another runtime: optimised, checked there, and free of octify."""
         with working(quiet or as_json) as step:
             step(f"exporting {checkpoint}")
-            done = export(checkpoint, output, format, overwrite=overwrite)
+            done = export(checkpoint, output, format, overwrite=overwrite, multiple=multiple)
         facts = {**asdict(done), "path": str(done.path)}
         open_axes = " and ".join(done.dynamic) or "nothing"
-        text = f"{done.path}: {done.format}, {open_axes} open, off by {done.error:.1e} of the greatest output"
+        steps = f" in steps of {done.multiple}" if "size" in done.dynamic and done.multiple > 1 else ""
+        text = f"{done.path}: {done.format}, {open_axes} open{steps}, off by {done.error:.1e} of the greatest output"
         print_facts(facts, lambda: text, as_json, quiet)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from torch.utils import _pytree as pytree
 from octify.checkpoint import check_target, load
 from octify.convert import Example, example_of
 from octify.errors import BackendError, CheckpointError
-from octify.optimize import flatten
 from octify.origin import origin_of
 from octify.plan import Plan
+from octify.program import hushed, trace_program
 from octify.recipe import Recipe
-from octify.runtimes import RUNTIMES, need, open_exported
+from octify.runtimes import RUNTIMES, Run, need, open_exported
 from octify.version import __version__
 
 FORMATS = ("onnx", "pt2", "openvino")
@@ -34,12 +32,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, tor
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the file, which axes any size may have ("batch", "size"), and the greatest relative error."""
+    """What was written: the file, which axes are open ("batch", "size"), and the greatest relative error.
+
+    Open sizes are multiples of `multiple`.
+    """
 
     path: Path
     format: str
     dynamic: tuple[str, ...]
     error: float
+    multiple: int = 1
 
 
 def export(
@@ -48,15 +50,18 @@ def export(
     format: str | None = None,
     example_inputs: Example = None,
     overwrite: bool = False,
+    multiple: int = 1,
 ) -> Exported:
     """Writes the optimised inference form of a network (or of a checkpoint) for another runtime, and checks it there.
 
     `format` is "onnx", "pt2" or "openvino" (a .xml with a .bin beside it), by default what the path's ending says.
     Batch and image size stay open where the network's trace left them open. `example_inputs` as in `octify.convert`.
+    With `multiple` a .onnx or .pt2 takes sizes that are multiples of it only: at 32 or so every upsampling doubles,
+    which ONNX Runtime does in its own layout of maps.
 
     Raises:
         BackendError: no such format, its runtime is not installed or cannot take the network, or the file computes
-            something else there: more than 1e-4 of the greatest output at the example's size or at an odd one.
+            something else there: more than 1e-4 of the greatest output at the example's size or at another, odd one.
         CheckpointError: the checkpoint cannot be read, or the file cannot be written.
     """
     target = Path(path)
@@ -65,6 +70,9 @@ def export(
         raise BackendError(f'format is "{chosen}": expected one of {", ".join(FORMATS)}')
     if chosen == "openvino" and target.suffix != ".xml":
         raise BackendError(f"{target}: OpenVINO's files end in .xml")
+    if chosen == "openvino" and multiple != 1:
+        # It would add maps of different sizes without a word.
+        raise BackendError("OpenVINO does not notice other sizes: write it for any size and call reshape on the model")
     check_target(target, overwrite)
     for module in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}.get(
         chosen, ()
@@ -74,13 +82,18 @@ def export(
     example = examples(source, example_inputs)
     seeded = torch.Generator().manual_seed(0)
     reals = [torch.randn(value.shape, generator=seeded).to(value.dtype) for value in example]
-    program, dynamic = trace_program(source, reals)
+    if multiple < 1 or any(size % multiple for value in reals for size in image_size(value)):
+        raise BackendError(f"the example is {_shapes(reals)}: expected a height and width divisible by {multiple}")
+    program, dynamic = trace_program(source, reals, multiple=multiple)
     with _scratch(target) as folder:
         draft = folder / target.name
-        WRITERS[chosen](program, draft, metadata_of(source))
-        error = _check(source, reals, draft, chosen, dynamic)
+        sizes = {"multiple": str(multiple)} if multiple > 1 else {}
+        WRITERS[chosen](program, draft, metadata_of(source) | sizes)
+        run = open_exported(draft, chosen)
+        others = [[_resized(value, multiple) for value in reals]] if "size" in dynamic else []
+        error = max(_check(source, given, run, chosen) for given in (reals, *others))
         _publish(draft, target)
-    return Exported(target, chosen, dynamic, error)
+    return Exported(target, chosen, dynamic, error, multiple)
 
 
 def examples(model: nn.Module, given: Example = None) -> tuple[Tensor, ...]:
@@ -98,58 +111,6 @@ def metadata_of(model: nn.Module) -> dict[str, str]:
     if isinstance(plan, Plan):
         found["plan"] = json.dumps(plan.to_dict(), separators=(",", ":"))
     return found
-
-
-def trace_program(model: nn.Module, inputs: Sequence[Tensor], fixed: bool = False) -> tuple[Any, tuple[str, ...]]:
-    """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can,
-    or none if `fixed`.
-
-    Raises:
-        BackendError: it cannot be traced with any.
-    """
-    ready = copy.deepcopy(model).cpu().eval()
-    form = flatten(ready, tuple(value.to("meta") for value in inputs))
-    how = getattr(getattr(model, "octify_plan", None), "how", "symbolic")
-    tries = (
-        ((),)
-        if fixed
-        else {"symbolic": (("batch", "size"), ("batch",), ()), "free batch": (("batch",), ())}.get(how, ((),))
-    )
-    reasons: list[str] = []
-    for axes in tries:
-        try:
-            return _program(form, inputs, axes), axes
-        except Exception as error:
-            reasons.append(f"{' and '.join(axes) or 'fixed'}: {type(error).__name__}: {str(error).strip()[:200]}")
-    raise BackendError(f"torch.export cannot trace {type(model).__name__}:\n  " + "\n  ".join(reasons))
-
-
-def _program(form: nn.Module, inputs: Sequence[Tensor], axes: tuple[str, ...]) -> Any:
-    # A batch of one would be taken for a constant.
-    given = tuple(
-        value.repeat(2, *(1,) * (value.dim() - 1)) if axes and value.shape[0] == 1 else value for value in inputs
-    )
-    dim: Any = cast(Any, torch.export).Dim.DYNAMIC
-    shapes = tuple(
-        ({0: dim} if "batch" in axes else {})
-        | (dict.fromkeys(range(max(2, value.dim() - 2), value.dim()), dim) if "size" in axes else {})
-        for value in given
-    )
-    with _quiet(), torch.no_grad():
-        return torch.export.export(form, given, dynamic_shapes=shapes if axes else None)
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without the exporters' own remarks."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 @contextmanager
@@ -173,7 +134,7 @@ def _publish(draft: Path, target: Path) -> None:
 
 
 def _write_pt2(program: Any, path: Path, metadata: dict[str, str]) -> None:
-    with _quiet():
+    with hushed():
         torch.export.save(program, path, extra_files=cast(Any, {"octify.json": json.dumps(metadata)}))
 
 
@@ -185,7 +146,7 @@ def onnx_program(program: Any) -> Any:
     """
     need("onnxscript")
     try:
-        with _quiet():
+        with hushed():
             made: Any = cast(Any, torch.onnx).export(program, dynamo=True, verbose=False)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -197,7 +158,7 @@ def _write_onnx(program: Any, path: Path, metadata: dict[str, str]) -> None:
     made = onnx_program(program)
     for key, value in metadata.items():
         made.model.metadata_props[f"octify.{key}"] = value
-    with _quiet():
+    with hushed():
         made.save(str(path))
 
 
@@ -223,37 +184,40 @@ WRITERS: dict[str, Callable[[Any, Path, dict[str, str]], None]] = {
 }
 
 
-def _check(source: nn.Module, inputs: Sequence[Tensor], path: Path, format: str, dynamic: tuple[str, ...]) -> float:
-    """Compares the file with the network at the example's size and, if sizes are open, at an odd one.
+def _check(source: nn.Module, inputs: Sequence[Tensor], run: Run, format: str) -> float:
+    """Compares the file in its runtime with the network; returns the error relative to the greatest output.
 
     Raises:
         BackendError: they differ.
     """
-    run = open_exported(path, format)
     reference = copy.deepcopy(source).cpu().eval()
-    worst = 0.0
-    for given in [list(inputs), *([[_odd(value) for value in inputs]] if "size" in dynamic else [])]:
-        with torch.inference_mode():
-            wanted: list[Tensor] = pytree.tree_leaves(reference(*given))
-        try:
-            found = run(*given)
-        except Exception as error:
-            raise BackendError(f"{RUNTIMES[format]} fails at {_shapes(given)}: {str(error).strip()[:400]}") from error
-        error = max(_difference(a, b) for a, b in zip(found, wanted, strict=True))
-        limit = TOLERANCE.get(wanted[0].dtype, 1e-4)
-        if not error <= limit:
-            raise BackendError(
-                f"the {format} file computes something else at {_shapes(given)}: off by {error:.1e} of the greatest "
-                f"output, allowed {limit:.0e}. Nothing was written; please report this."
-            )
-        worst = max(worst, error)
-    return worst
+    with torch.inference_mode():
+        wanted: list[Tensor] = pytree.tree_leaves(reference(*inputs))
+    try:
+        found = run(*inputs)
+    except Exception as error:
+        raise BackendError(f"{RUNTIMES[format]} fails at {_shapes(inputs)}: {str(error).strip()[:400]}") from error
+    error = max(_difference(a, b) for a, b in zip(found, wanted, strict=True))
+    limit = TOLERANCE.get(wanted[0].dtype, 1e-4)
+    if not error <= limit:
+        raise BackendError(
+            f"the {format} file computes something else at {_shapes(inputs)}: off by {error:.1e} of the greatest "
+            f"output, allowed {limit:.0e}. Nothing was written; please report this."
+        )
+    return error
 
 
-def _odd(value: Tensor) -> Tensor:
-    """The same image at an odd size, 16 to 17 less where it is larger than 48."""
-    sizes = [(size - 16 if size > 48 else size) // 2 * 2 + 1 for size in value.shape[max(2, value.dim() - 2) :]]
-    return nn.functional.interpolate(value, sizes) if value.dim() == 4 else value[..., : sizes[-1]]
+def image_size(value: Tensor) -> tuple[int, ...]:
+    """The axes of an input whose size stays open, where sizes do: the last two, or all that it has."""
+    return tuple(value.shape[max(2, value.dim() - 2) :])
+
+
+def _resized(value: Tensor, multiple: int) -> Tensor:
+    """The same image at another size: an odd one, 16 to 17 less where it is larger than 48; or the next multiple."""
+    for axis, size in enumerate(image_size(value), max(2, value.dim() - 2)):
+        other = (size - 16 if size > 48 else size) // 2 * 2 + 1 if multiple == 1 else size + multiple
+        value = value.index_select(axis, torch.arange(other) % size)
+    return value
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

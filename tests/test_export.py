@@ -56,6 +56,35 @@ def test_a_file_agrees_in_its_own_runtime_at_any_size(format: str, tmp_path: Pat
         assert (run(image)[0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_file_for_multiples_upsamples_by_a_factor_and_refuses_other_sizes(format: str, tmp_path: Path) -> None:
+    net = octave()
+    done = octify.export(net, tmp_path / ENDINGS[format], multiple=4)
+    assert done.dynamic == ("batch", "size") and done.multiple == 4
+    run = open_exported(done.path, format, 1)
+    image = torch.rand(3, 3, 20, 44)
+    with torch.inference_mode():
+        wanted = net(image)
+    assert (run(image)[0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    with pytest.raises(Exception, match=r"."):  # each runtime has an error of its own
+        run(torch.rand(1, 3, 21, 44))
+    with pytest.raises(BackendError, match="1x3x32x32: expected a height and width divisible by 5"):
+        octify.export(net, tmp_path / ENDINGS[format], multiple=5, overwrite=True)
+    with pytest.raises(BackendError, match="call reshape on the model"):
+        octify.export(net, tmp_path / "net.xml", multiple=4)
+
+
+@pytest.mark.parametrize("multiple,constant", [(1, False), (4, True)])
+def test_upsampling_is_by_a_constant_where_sizes_allow_it(multiple: int, constant: bool, tmp_path: Path) -> None:
+    import onnx
+
+    octify.export(octave(), tmp_path / "net.onnx", multiple=multiple)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    kept = {entry.name for entry in graph.initializer}
+    resizes = [node for node in graph.node if node.op_type == "Resize"]
+    assert resizes and all((node.input[2] in kept) is constant for node in resizes)
+
+
 def test_a_file_runs_without_octify(tmp_path: Path) -> None:
     net = octave()
     octify.export(net, tmp_path / "net.pt2")

@@ -34,7 +34,7 @@ calibrate
 convert
 conversion
 optimize runtimes
-tensors oracles plan_recipe
+tensors oracles plan_recipe program
 checkpoint verify
 export
 bench

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from octify.bench.clock import Call
 from octify.errors import BackendError
-from octify.export import WRITERS, trace_program
+from octify.export import WRITERS
 from octify.optimize import BACKENDS, optimize
+from octify.program import trace_program
 from octify.runtimes import need, open_exported
 
 FILES = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "model.xml")}
