@@ -58,10 +58,10 @@ def choose(name: str, rounds: int) -> str:
     """What `--only-faster` keeps of a network at alpha 0.5, and how fast that is."""
     source = build_model(name)
     found = only_faster(source, recipe_of(name, 0.5), None, Settings(threads=1), 8, print)
-    kept = sum(bundle.octave for bundle in found.bundles)
+    kept, count = (sum(row.bundles for row in found.bundles if row.octave or all_) for all_ in (False, True))
     [again] = bench(converted(source), converted(source, found.recipe), threads=1, rounds=rounds)
     ratio = f"{again.ratio:.3f} ({again.ratio_quartiles[0]:.3f}–{again.ratio_quartiles[1]:.3f})"
-    cells = [name.partition(":")[2], f"{kept} of {len(found.bundles)}", f"{again.dense.median:.1f}"]
+    cells = [name.partition(":")[2], f"{kept} of {count}", f"{again.dense.median:.1f}"]
     return "| " + " | ".join([*cells, f"{again.octave.median:.1f}", ratio, f"{again.mac_ratio:.3f}"]) + " |"
 
 

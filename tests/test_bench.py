@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,32 @@ def small() -> nn.Module:
 def pair() -> tuple[nn.Module, nn.Module]:
     net = small()
     return net, octify.convert(net, alpha=0.5, example_inputs=SHAPE)
+
+
+def chain() -> nn.Module:
+    """Three bundles that look the same, and two at half the size."""
+    convs = [layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    last = [nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 1)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *convs, *last, nn.AdaptiveAvgPool2d(1))
+
+
+def by_clock(monkeypatch: pytest.MonkeyPatch, cost: Callable[[nn.Module], float]) -> list[nn.Module]:
+    """Puts an invented clock (ms) in place; returns the networks that were made ready to be measured."""
+    made: list[nn.Module] = []
+
+    def runner(model: nn.Module, inputs: object, settings: object) -> Callable[[], nn.Module]:
+        made.append(model)
+        return lambda: model
+
+    monkeypatch.setattr("octify.bench.bundles.runner", runner)
+    monkeypatch.setattr(
+        "octify.bench.bundles.interleave", lambda calls, *_: [[cost(call()) / 1000] * 3 for call in calls]
+    )
+    return made
+
+
+def low_channels(model: nn.Module) -> int:
+    return sum(conv.out_layout.low for conv in model.modules() if isinstance(conv, octify.OctConv2d))
 
 
 @pytest.mark.parametrize("options", [{}, {"optimized": False}, {"train": True}, {"dtype": "bfloat16"}])
@@ -118,16 +145,13 @@ def test_the_runtimes_are_measured_too() -> None:
 def test_only_faster_keeps_octave_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that likes low channels in the first bundle and dislikes them in the second."""
     net, recipe = small(), Recipe.from_dict({"version": 1, "defaults": {"alpha": 0.5}})
-    monkeypatch.setattr("octify.bench.bundles.runner", lambda model, inputs, settings: lambda: model)
 
     def cost(model: nn.Module) -> float:
         convs = {name: module for name, module in model.named_modules() if isinstance(module, octify.OctConv2d)}
         low = {name for name, module in convs.items() if module.out_layout.low}
         return 10.0 - ("3" in low) + ("5" in low)
 
-    monkeypatch.setattr(
-        "octify.bench.bundles.interleave", lambda calls, *_: [[cost(call()) for _ in range(3)] for call in calls]
-    )
+    by_clock(monkeypatch, cost)
     found = only_faster(net, recipe, SHAPE)
     kept = [bundle for bundle in found.bundles if bundle.octave]
     assert [bundle.convolutions[0] for bundle in kept] == ["3"] and all(
@@ -139,15 +163,31 @@ def test_only_faster_keeps_octave_where_it_wins(monkeypatch: pytest.MonkeyPatch)
     assert octify.convert(net, recipe=again, example_inputs=SHAPE).get_submodule("3").out_layout.low == 16
 
 
+def test_bundles_that_look_the_same_are_tried_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = by_clock(monkeypatch, lambda model: 100.0 - low_channels(model))
+    found = only_faster(chain(), Recipe.uniform(0.5), SHAPE)
+    assert [row.bundles for row in found.bundles] == [3, 1, 1] and all(row.octave for row in found.bundles)
+    assert [low_channels(model) for model in made] == [40, 16, 32, 32, 0]
+
+
+def test_what_is_not_clearly_faster_than_dense_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_clock(monkeypatch, lambda model: 10.0 - 0.002 * low_channels(model))
+    found = only_faster(chain(), Recipe.uniform(0.5), SHAPE)
+    assert not any(row.octave for row in found.bundles) and found.octave_ms == found.dense_ms
+    assert not octify.plan(chain(), recipe=found.recipe, example_inputs=SHAPE).converted
+
+
+@pytest.mark.parametrize("target,low", [(9.0, 2), (8.5, 4), (6.0, 8)])
+def test_the_least_alpha_that_is_fast_enough_is_found(monkeypatch: pytest.MonkeyPatch, target: float, low: int) -> None:
+    made = by_clock(monkeypatch, lambda model: 10.0 - 0.125 * low_channels(model))
+    recipe = Recipe.from_dict({"version": 1, "parameters": {"alpha": 0.5}, "defaults": {"alpha": "$alpha"}})
+    found = reach_latency(chain(), recipe, target, SHAPE)
+    assert found.octave_ms <= target and len(made) <= 3 + 5
+    assert octify.convert(chain(), recipe=found.recipe, example_inputs=SHAPE).get_submodule("1").out_layout.low == low
+
+
 def test_only_faster_gives_the_dense_network_where_nothing_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octify.bench.bundles.runner", lambda model, inputs, settings: lambda: model)
-
-    def cost(model: nn.Module) -> float:
-        return 1.0 + sum(isinstance(module, octify.OctConv2d) for module in model.modules())
-
-    monkeypatch.setattr(
-        "octify.bench.bundles.interleave", lambda calls, *_: [[cost(call()) for _ in range(3)] for call in calls]
-    )
+    by_clock(monkeypatch, lambda model: 1.0 + sum(isinstance(each, octify.OctConv2d) for each in model.modules()))
     recipe = Recipe.from_dict({"version": 1, "parameters": {"alpha": 0.5}, "defaults": {"alpha": "$alpha"}})
     found = only_faster(small(), recipe, SHAPE)
     assert found.octave_ms == found.dense_ms and not any(bundle.octave for bundle in found.bundles)

@@ -1,8 +1,10 @@
-"""Octave only where it wins on this machine: every bundle of tied convolutions is measured octave and dense."""
+"""Octave only where it wins on this machine: bundles of tied convolutions are measured octave and dense."""
 
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -17,20 +19,26 @@ from octify.bench.runners import Settings, runner, threads
 from octify.conversion import Conversion
 from octify.convert import Example
 from octify.errors import BackendError, ConversionError
+from octify.graph import shape_of, value_of
+from octify.plan import Flows
 from octify.recipe import Recipe
 
-MARGIN = 0.99  # what dense must win for a bundle to go back to it, and in three pairs of four it must win at all
+MARGIN = 0.99  # what the other must win to be taken, and in three pairs of four it must win at all
 ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
 @dataclass(frozen=True)
 class BundleTiming:
-    """One bundle: its convolutions, the network's ms with it octave and with it dense, and which was kept."""
+    """Bundles that look the same: their convolutions, the network's ms with them octave and dense, and what was kept.
+
+    `bundles` is how many they are.
+    """
 
     convolutions: tuple[str, ...]
     octave_ms: float
     dense_ms: float
     octave: bool
+    bundles: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,18 @@ def only_faster(
     rounds: int = 10,
     progress: Progress | None = None,
 ) -> Faster:
-    """Starts from the recipe's network and puts every bundle back to dense that is clearly faster so.
+    """Starts from the recipe's network and puts back to dense what is clearly faster so.
 
-    What is left is measured against the recipe's network and the dense one once more: the fastest of the three it is.
+    Bundles whose convolutions look the same are tried together. What is left is measured against the recipe's network
+    and the dense one once more: the faster of the two it is, or the dense network where neither clearly beats it.
 
     Raises:
         BackendError: the backend is not installed, or cannot run the network.
         ConversionError: the recipe converts nothing.
     """
-    search = _Search(model, recipe, example_inputs, (settings or Settings()).checked(), rounds)
-    with threads(search.settings.threads):
+    chosen = (settings or Settings()).checked()
+    search = _Search(Conversion.read(model, recipe, example_inputs), chosen, rounds)
+    with threads(chosen.threads):
         return search.run(progress)
 
 
@@ -80,56 +90,78 @@ def reach_latency(
         BackendError: no alpha gets there; the message says how near the nearest comes.
         RecipeError: the recipe takes no alpha.
     """
-    best = float("inf")
-    for alpha in ALPHAS:
-        found = only_faster(model, recipe.with_alpha(alpha), example_inputs, settings, rounds, progress)
-        if min(found.octave_ms, found.dense_ms) <= target_ms:
-            return found
-        best = min(best, found.octave_ms)
-    raise BackendError(f"no alpha up to {ALPHAS[-1]} reaches {target_ms:g} ms here: the nearest takes {best:.1f} ms")
+    chosen = (settings or Settings()).checked()
+    reading = Conversion.read(model, recipe, example_inputs)
+
+    def reaches(alpha: float) -> bool:
+        if progress:
+            progress(f"alpha {alpha:g}")
+        return search_at(alpha).latency() <= target_ms
+
+    def search_at(alpha: float) -> _Search:
+        return _Search(reading.again(recipe.with_alpha(alpha)), chosen, rounds)
+
+    with threads(chosen.threads):
+        least = bisect_left(ALPHAS, True, key=reaches)
+        alpha = ALPHAS[min(least, len(ALPHAS) - 1)]  # where none does, one with less of it octave still may
+        found = search_at(alpha).run(progress)
+    nearest = min(found.octave_ms, found.dense_ms)
+    if nearest > target_ms:
+        raise BackendError(
+            f"no alpha up to {alpha:g} reaches {target_ms:g} ms here: the nearest takes {nearest:.1f} ms"
+        )
+    return found
 
 
 class _Search:
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, example_inputs: Example, settings: Settings, rounds: int
-    ) -> None:
-        self.model, self.recipe, self.settings, self.rounds = model, recipe, settings, rounds
-        reading = Conversion.read(model, recipe, example_inputs)
-        decided = reading.plan()
-        self.example = reading.example
-        octave = {op.target for op in decided.converted}
-        groups = [
-            [f"{path}.{name}" if path else name for name in bundle.writers]
-            for path, flows in reading.parts
-            for bundle in flows.classes.bundles
-            if bundle.alpha > 0
-        ]
-        self.bundles = [tuple(group) for group in groups if octave.intersection(group)]
-        if not self.bundles:
+    def __init__(self, reading: Conversion, settings: Settings, rounds: int) -> None:
+        self.reading, self.recipe, self.settings, self.rounds = reading, reading.recipe, settings, rounds
+        octave = {op.target for op in reading.plan().converted}
+        alike: dict[Any, list[tuple[str, ...]]] = defaultdict(list)
+        for path, flows in reading.parts:
+            for bundle in flows.classes.bundles:
+                names = tuple(f"{path}.{name}" if path else name for name in bundle.writers)
+                if bundle.alpha > 0 and octave.intersection(names):
+                    look = frozenset(_look_of(flows, name) for name in bundle.writers)
+                    alike[path, bundle.alpha, look].append(names)
+        self.groups = list(alike.values())
+        if not self.groups:
             raise ConversionError("the recipe converts nothing: there is nothing to measure")
-        self.inputs: Sequence[Tensor] = random_inputs(model, self.example)
+        self.inputs: Sequence[Tensor] = random_inputs(reading.model, reading.example)
+
+    def latency(self) -> float:
+        """The recipe's own network in ms."""
+        return _ms(*self._times([self._runner([])]))
 
     def run(self, progress: Progress | None) -> Faster:
         dense: list[str] = []
         rows: list[BundleTiming] = []
         start = current = self._runner(dense)
-        for index, bundle in enumerate(self.bundles):
+        for index, bundles in enumerate(self.groups):
+            names = [name for bundle in bundles for name in bundle]
             if progress:
-                progress(f"bundle {index + 1} of {len(self.bundles)}: {bundle[0]}")
-            candidate = self._runner([*dense, *bundle])
+                progress(f"{index + 1} of {len(self.groups)}: {names[0]}")
+            candidate = self._runner([*dense, *names])
             times = self._times([current, candidate])
-            octave_ms, dense_ms = map(_ms, times)
             keep = not _clearly_faster(times[1], times[0])
-            rows.append(BundleTiming(bundle, octave_ms, dense_ms, keep))
+            octave_ms, dense_ms = map(_ms, times)
+            rows.append(BundleTiming(tuple(names), octave_ms, dense_ms, keep, len(bundles)))
             if not keep:
-                dense, current = [*dense, *bundle], candidate
-        everything = [name for bundle in self.bundles for name in bundle]
-        choices = [everything, dense, []]
-        medians = [*map(_ms, self._times([self._runner(None), current, start]))]
-        best = medians.index(min(medians))
-        recipe = self._recipe(choices[best])
-        kept = [replace(row, octave=row.convolutions[0] not in choices[best]) for row in rows]
-        return Faster(recipe, self._text(recipe, medians[0], medians[best]), tuple(kept), medians[0], medians[best])
+                dense, current = [*dense, *names], candidate
+        return self._verdict(rows, {"none": self._runner(None), "chosen": current, "all": start}, dense)
+
+    def _verdict(self, rows: list[BundleTiming], runners: dict[str, Any], dense: list[str]) -> Faster:
+        """The faster of what was chosen and the whole recipe, if it clearly beats the dense network."""
+        everything = [name for row in rows for name in row.convolutions]
+        left_dense = {"none": everything, "chosen": dense, "all": []}
+        times = dict(zip(runners, self._times(list(runners.values())), strict=True))
+        best = min(("chosen", "all"), key=lambda name: _ms(times[name]))
+        if not _clearly_faster(times[best], times["none"]):
+            best = "none"
+        recipe = self._recipe(left_dense[best])
+        kept = [replace(row, octave=row.convolutions[0] not in left_dense[best]) for row in rows]
+        dense_ms, octave_ms = _ms(times["none"]), _ms(times[best])
+        return Faster(recipe, self._text(recipe, dense_ms, octave_ms), tuple(kept), dense_ms, octave_ms)
 
     def _recipe(self, dense: Sequence[str]) -> Recipe:
         data = self.recipe.to_dict()
@@ -139,7 +171,7 @@ class _Search:
     def _runner(self, dense: Sequence[str] | None) -> Any:
         """The network with these convolutions dense; None: all of them."""
         recipe = Recipe.uniform(0.0) if dense is None else self._recipe(dense)
-        reading = Conversion.read(self.model, recipe, self.example)
+        reading = self.reading.again(recipe)
         return runner(reading.apply(reading.plan()), self.inputs, self.settings)
 
     def _times(self, calls: list[Any]) -> list[list[float]]:
@@ -154,6 +186,16 @@ class _Search:
             f"# {self.settings.backend}, {self.settings.dtype}, input {shape}: "
             f"dense {dense_ms:.2f} ms, this recipe {octave_ms:.2f} ms.\n{recipe.to_yaml()}"
         )
+
+
+def _look_of(flows: Flows, writer: str) -> tuple[Any, ...]:
+    """What tells how fast a writer is, besides how many channels it reads: its geometry and the map that it gives."""
+    calls = flows.by_target.get(writer, [])
+    if not calls:
+        return (writer,)  # no module: alike to nothing
+    module = flows.trace.module_of(calls[0])
+    geometry = [getattr(module, name, None) for name in ("kernel_size", "stride", "dilation", "groups")]
+    return (type(module), *geometry, *(shape_of(value_of(call)) for call in calls))
 
 
 def _ms(seconds: list[float]) -> float:
