@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from octify import report
-from octify.errors import CheckpointError, ModelError, OctifyError, RecipeError
+from octify.errors import CalibrationWarning, CheckpointError, ModelError, OctifyError, RecipeError
 
 MODEL_HELP = "torchvision or timm name (timm:resnet50), file.py:factory, package.module:factory"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -38,17 +39,36 @@ Overwrite = Annotated[bool, typer.Option(help="Replace the output if it is there
 def working(quiet: bool) -> Generator[Callable[[str], None], None, None]:
     """Shows progress on stderr, keeps stdout clean of what others print, and turns octify's errors into exit codes.
 
-    1: the work failed; 2: what was asked for does not exist or cannot be read.
+    1: the work failed; 2: what was asked for does not exist or cannot be read. Octify's warnings stay on the screen.
     """
     console = Console(stderr=True, quiet=quiet)
     try:
-        with contextlib.redirect_stdout(sys.stderr), console.status("starting") as status:
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            console.status("starting") as status,
+            warnings.catch_warnings(),
+        ):
+            _show_warnings(console)
             yield lambda text: status.update(text)
     except OctifyError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ModelError | RecipeError) else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _show_warnings(console: Console) -> None:
+    """Prints octify's own warnings as sentences, and leaves others to Python."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, CalibrationWarning):
+            console.print(f"warning: {message}", style="bold yellow", highlight=False)
+        else:
+            others(message, category, *rest, **more)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", CalibrationWarning)
 
 
 def print_facts(facts: dict[str, Any], render: Callable[[], Any], as_json: bool, quiet: bool = False) -> None:

@@ -35,5 +35,9 @@ class CalibrationError(OctifyError):
     """Images or activations that a calibration cannot use."""
 
 
+class CalibrationWarning(UserWarning):
+    """A network that is expected to keep too little, said before the long work."""
+
+
 class BackendError(OctifyError):
     """A runtime that is not installed, or that cannot run the model."""

@@ -17,9 +17,7 @@ def calibration_report(facts: Mapping[str, Any], weights: str = "") -> Renderabl
     found: Mapping[str, Any] = facts["calibration"]
     rows = [[step["name"], *_change(step), f"{step['seconds']:.1f}", step["note"]] for step in found["steps"]]
     table = names_table(rows, "step", "loss before", "loss after", "seconds", "")
-    kept = "" if found["agreement"] is None else f", {found['agreement']:.1%} of decisions kept"
-    verdict = f"on {found['held_back']} of {found['images']} images, held back: loss {found['loss']:.4f}{kept}"
-    return Group(conversion_report(facts, weights), "", table, Text(verdict, style="bold"))
+    return Group(conversion_report(facts, weights), "", table, Text(found["verdict"], style="bold"))
 
 
 def _change(step: Mapping[str, Any]) -> list[str]:

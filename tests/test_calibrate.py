@@ -14,17 +14,18 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 import octify
-from octify.calibrate import least_squares, run, sensitivity
+from octify.calibrate import least_squares, run
+from octify.calibrate import trials as trials_module
 from octify.calibrate.budget import Curve
 from octify.calibrate.data import output_loss, read_images
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.levers import find_levers, low_classes, recipe_with
 from octify.calibrate.problems import DENSE, TRANSPOSED, problems_of
 from octify.calibrate.rank import channel_loss
-from octify.calibrate.sensitivity import fit_of_trial, trial_losses
 from octify.calibrate.solve import Sums, choose, solve
 from octify.calibrate.source import load_source, prepare_for
 from octify.calibrate.statistics import run_model
+from octify.calibrate.trials import fit_of_trial, run_trials
 from octify.calibrate.verdict import compare
 from octify.calibrate.walk import walk_dense, walk_octave
 from octify.convert import choose_recipe, finish, plan_of, read_flows
@@ -318,9 +319,10 @@ def test_trials_side_by_side_are_the_fits_of_those_networks_alone(
             while work.wanted:
                 work.fit_next(source)
         alone.append(output_loss(run_model(net, judges), run_model(converted, judges)))
-    together = trial_losses(flows, images, trials, 20, 12)
-    monkeypatch.setattr(sensitivity, "MEMORY", 0)  # for one network at a time
-    assert together == trial_losses(flows, images, trials, 20, 12) == pytest.approx(alone, rel=1e-6)
+    together = run_trials(flows, images, trials, 20, 12)
+    monkeypatch.setattr(trials_module, "MEMORY", 0)  # for one network at a time
+    assert together == run_trials(flows, images, trials, 20, 12)
+    assert [found.loss for found in together] == pytest.approx(alone, rel=1e-6)
     assert alone[0] == 0 and len(set(alone)) == len(alone)
 
 

@@ -55,6 +55,24 @@ def uniform_counts(levers: Sequence[Lever], cost: CostModel, target: float) -> l
     return [int(count) for count in counts]
 
 
+def refuse_unreachable(levers: Sequence[Lever], cost: CostModel, target: float) -> None:
+    """Says before anything is measured what no choice reaches.
+
+    Raises:
+        CalibrationError: the target cannot be met.
+    """
+    least = float(cost.ratio(_most(levers)))
+    if least > target:
+        raise CalibrationError(
+            f"target {target:g} is out of reach: with {MOST:.0%} of every bundle low, {least:.3f} of the multiply-adds "
+            "are left; choose a higher target, or a recipe that splits more layers"
+        )
+
+
+def _most(levers: Sequence[Lever]) -> NDArray[np.float64]:
+    return np.array([max(1, int(MOST * len(lever.steps))) for lever in levers], dtype=np.float64)
+
+
 def allocate(
     levers: Sequence[Lever],
     curves: Sequence[Curve],
@@ -69,13 +87,8 @@ def allocate(
     Raises:
         CalibrationError: the target cannot be met.
     """
-    most = np.array([max(1, int(MOST * len(lever.steps))) for lever in levers], dtype=np.float64)
-    least = float(cost.ratio(most))
-    if least > target:
-        raise CalibrationError(
-            f"target {target:g} is out of reach: with {MOST:.0%} of every bundle low, {least:.3f} of the multiply-adds "
-            "are left; choose a higher target, or a recipe that splits more layers"
-        )
+    refuse_unreachable(levers, cost, target)
+    most = _most(levers)
     pulls = np.maximum(1, np.array([len(lever.steps) for lever in levers]) // PARTS).astype(np.float64)
     counts = np.zeros(len(levers)) if start is None else np.minimum(np.array(start, dtype=np.float64), most)
     while float(cost.ratio(counts)) > target:

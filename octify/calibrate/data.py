@@ -170,6 +170,11 @@ def output_loss(dense: Any, octave: Any) -> float:
     return sum(shares) / max(len(shares), 1)
 
 
+def spreads_of(outputs: Any) -> list[float]:
+    """What squared errors of each output tensor are measured by: an image's part of its spread over images."""
+    return [max(float(_spread(x)) / len(x), 1e-12) for x in _joined(outputs)]
+
+
 def _spread(x: Tensor) -> Tensor:
     """The squared deviation from the mean over images; of a single image, its squares."""
     return (x - x.mean(0) if len(x) > 1 else x).square().sum()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from octify.calibrate.clock import telling_rest
 from octify.calibrate.compact import RIDGE, fit_compact
 from octify.calibrate.least_squares import Fitted, fit_problem
 from octify.calibrate.problems import can_fit, problems_of
@@ -45,10 +46,11 @@ def fit_kernels(
     """
     source = walk_dense(trace, chunks)
     work = FitWork(source, walk_octave(converted, chunks), converted, strengths, seed)
+    tell = telling_rest(progress, "kernels", work.left) if progress else None
     while work.wanted is not None:
-        told = work.fit_next(source)
-        if progress:
-            progress(told)
+        name = work.fit_next(source)
+        if tell:
+            tell(name)
     return work.layers
 
 
@@ -82,6 +84,11 @@ class FitWork:
         """The dense network's node that the next layer is fitted to; None if all are fitted."""
         return self._waiting[0][0] if self._waiting else None
 
+    @property
+    def left(self) -> int:
+        """How many layers there are to fit."""
+        return len(self._waiting)
+
     def fit_next(self, source: Walk) -> str:
         """Runs both networks up to the next layer and fits it: its name."""
         wanted, node = self._waiting.pop(0)
@@ -89,7 +96,7 @@ class FitWork:
         self.octave.run_before(node)
         inputs, targets = self.octave.arguments(node)[: self.chunks], source.values[wanted][: self.chunks]
         extra = extra_of(source, self.octave, (wanted, node), targets)
-        self.layers += _fit_layer(self.converted, node, inputs, targets, extra, self.strengths, self._dice, self.rows)
+        self.layers += fit_layer(self.converted, node, inputs, targets, extra, self.strengths, self._dice, self.rows)
         return str(node.target)
 
 
@@ -108,12 +115,12 @@ def _to_fit(
             module = converted.get_submodule(str(node.target))
             if isinstance(module, OctBase | CompConv) or (altered and repairs(partner[node], module)):
                 found.setdefault(str(node.target), node)
-        if altered or _is_octave(converted, node):
+        if altered or is_octave(converted, node):
             changed.add(node)
     return list(found.values())
 
 
-def _is_octave(converted: OctaveModule, node: fx.Node) -> bool:
+def is_octave(converted: OctaveModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(
         converted.get_submodule(str(node.target)), OctBase | Split | CompConv
     )
@@ -139,7 +146,7 @@ def pair_layers(nodes: Sequence[fx.Node], converted: OctaveModule) -> dict[fx.No
     return pairs
 
 
-def _fit_layer(
+def fit_layer(
     converted: OctaveModule,
     node: fx.Node,
     inputs: Sequence[tuple[Any, ...]],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from octify.calibrate.expect import Expected
 from octify.calibrate.least_squares import Fitted
 
 
@@ -28,7 +29,8 @@ class CalibrationReport:
     """A calibration's steps, the fit of every layer, and the verdict on images held back.
 
     `agreement` is the share of held-back decisions (rows of logits, or pixels) equal to the dense network's; None where
-    the outputs are no classes. `cost` counts multiply-adds against dense.
+    the outputs are no classes. `expected` is what that says of new images, or what more images said of a
+    trial. `cost` counts multiply-adds against dense.
     """
 
     images: int = 0
@@ -36,18 +38,25 @@ class CalibrationReport:
     cost: float = 1.0
     loss: float = 0.0
     agreement: float | None = None
+    expected: Expected | None = None
     steps: list[Step] = field(default_factory=list[Step])
     layers: list[Fitted] = field(default_factory=list[Fitted])
     alphas: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {**asdict(self), "verdict": self.verdict}
+
+    @property
+    def verdict(self) -> str:
+        """One line: what is expected on new images."""
+        if self.expected is None:
+            return f"loss {self.loss:.4f}"
+        return f"expected on new images: {self.expected}; by {self.expected.judges} that nothing was fitted to"
 
     def __str__(self) -> str:
         head = f"calibrated on {self.images} images, {self.held_back} of them held back: cost {self.cost:.3f} of dense"
-        kept = "" if self.agreement is None else f", agreement {self.agreement:.3f}"
-        lines = [f"{head}, loss {self.loss:.4f}{kept}"]
+        lines = [head, f"  {self.verdict}"]
         for step in self.steps:
             change = "" if step.before is None else f"{step.before:.4f} -> {step.after:.4f}"
             lines.append(f"  {step.name:<14} {change:<18} {step.seconds:6.1f} s  {step.note}".rstrip())
@@ -66,6 +75,7 @@ def join_reports(parts: Sequence[tuple[str, CalibrationReport]]) -> CalibrationR
         held_back=max(report.held_back for report in reports),
         cost=sum(report.cost for report in reports) / len(reports),
         loss=max(report.loss for report in reports),
+        expected=max((report.expected for report in reports if report.expected), key=lambda e: e.loss, default=None),
         steps=[replace(step, name=f"{path}: {step.name}") for path, report in parts for step in report.steps],
         layers=[replace(row, layer=f"{path}.{row.layer}") for path, report in parts for row in report.layers],
         alphas={f"{path}.{name}": alpha for path, report in parts for name, alpha in report.alphas.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,26 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from octify.calibrate.budget import Curve, allocate, uniform_counts
+from octify.calibrate.budget import Curve, allocate, refuse_unreachable, uniform_counts
+from octify.calibrate.clock import fit_seconds, in_words
 from octify.calibrate.costs import CostModel
 from octify.calibrate.data import Images, output_loss, read_images
 from octify.calibrate.distil import BATCH, distil
+from octify.calibrate.expect import Expected, expect
 from octify.calibrate.fit import fit_kernels
+from octify.calibrate.heap import kept_memory
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.report import CalibrationReport, Step
-from octify.calibrate.sensitivity import measure_curves, trial_losses
+from octify.calibrate.sensitivity import PASSES, measure_curves
 from octify.calibrate.statistics import norms_of, run_model, try_norms
+from octify.calibrate.trials import run_trials
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
-from octify.errors import CalibrationError
+from octify.errors import CalibrationError, CalibrationWarning
 from octify.module import OctaveModule
 from octify.plan import Flows
 
 Progress = Callable[[str], None]
-RANKING_IMAGES = 128
+RANKING_IMAGES = 64
 TRIAL_IMAGES, JUDGES = 48, 96
 NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
+ENOUGH_JUDGES = 16  # images held back; fewer say too little of what is kept
+MANY_IMAGES = 128  # more hardly help
+QUICK = 0.3  # a trial's fits against the full ones
 BIAS_ONLY = (1e9,)  # a ridge so strong that only biases move
 
 
@@ -59,9 +67,10 @@ class Calibration:
         held = sum(len(chunk[0]) for chunk in self.images.held)
         self.report = CalibrationReport(images=self.images.count, held_back=held)
         self.dense_macs = source_cost(flows.trace).gmacs
-        if options.progress:
-            options.progress(f"calibrating on {self.images.count} images: about {self._minutes():.0f} minutes")
+        self._trials: list[tuple[set[int], Expected]] = []  # which classes were low, and what that came to
+        self._tell(f"calibrating on {self.images.count} images: {in_words(self._seconds())}")
 
+    @kept_memory()
     def run(self, finish: Callable[[Flows], OctaveModule]) -> OctaveModule:
         """Chooses, rewrites by `finish`, fits and judges.
 
@@ -69,22 +78,32 @@ class Calibration:
             CalibrationError: the images cannot be used, or the budget cannot be met.
             ConversionError: nothing would change.
         """
-        self.recipe = recipe_with(self.flows, self.choose_low())
+        low = self.choose_low()
+        if self.options.fit and self._forecast(low) is None and self.report.held_back < ENOUGH_JUDGES:
+            with self._step("trial"):
+                self._try([low])
+        self._warn(low)
+        self.recipe = recipe_with(self.flows, low)
         converted = finish(self.flows.again(self.recipe))
         training = converted.training
         converted.eval()
         self.tune(converted)
-        self._judge(converted)
+        self._judge(converted, self._forecast(low))
         object.__setattr__(converted, "octify_report", self.report)
         return converted.train(training)
 
-    def _minutes(self) -> float:
-        """A guess: a step costs some passes of the dense network, a step of distillation four of a batch."""
-        options = self.options
-        passes = 4.0 * options.fit + 0.7 * options.choose + 0.7 * bool(options.statistics)
-        passes += 3.5 * (options.target is not None) + 9.0 * (options.max_loss is not None)
-        passes += 4.0 * options.distil * BATCH / self.images.count
-        return max(1.0, passes * self.images.pass_seconds / 60)
+    def _seconds(self) -> float:
+        """About how long all of it takes: passes of the dense network, layers to fit, steps of distillation."""
+        options, count = self.options, self.images.count
+        fits = fit_seconds(self.flows.trace, count) if options.fit or options.target else 0.0
+        trials = (3.0 if options.target else 0.0) + (15.0 if options.max_loss else 0.0)
+        images = 3.0 * options.fit * count + 1.5 * options.choose * min(RANKING_IMAGES, count)
+        images += 2.0 * bool(options.statistics) * min(NORM_IMAGES, count)
+        images += 2.0 * trials * min(TRIAL_IMAGES + JUDGES, count)
+        images += 4.0 * options.distil * BATCH
+        quick = QUICK * (trials + 3.0 * bool(options.choose and trials))
+        passes = PASSES * bool(options.choose and trials)
+        return (options.fit + quick) * fits + (images / count + passes) * self.images.pass_seconds
 
     # Which channels, and how many where.
 
@@ -107,6 +126,7 @@ class Calibration:
     def _counts(self, levers: Sequence[Lever], cost: CostModel) -> list[int]:
         """The counts for the target, or for the lowest cost at which the loss stays below `max_loss`."""
         options = self.options
+        refuse_unreachable(levers, cost, options.target or 1.0)
         curves = measure_curves(self.flows, self.images, levers, options.progress) if options.choose else []
         if options.max_loss is None:
             candidates = _candidates(levers, curves, cost, options.target or 1.0)
@@ -126,8 +146,29 @@ class Calibration:
         return found
 
     def _best(self, levers: Sequence[Lever], candidates: Sequence[list[int]]) -> tuple[float, list[int]]:
-        lows = [low_classes(levers, counts) for counts in candidates]
-        return min(zip(trial_losses(self.flows, self.images, lows, TRIAL_IMAGES, JUDGES), candidates, strict=True))
+        outcomes = self._try([low_classes(levers, counts) for counts in candidates])
+        return min(zip([outcome.loss for outcome in outcomes], candidates, strict=True))
+
+    def _try(self, trials: Sequence[set[int]]) -> list[Expected]:
+        """What is expected of networks in which these classes are low."""
+        found = run_trials(self.flows, self.images, trials, TRIAL_IMAGES, JUDGES)
+        self._trials += zip(trials, found, strict=True)
+        return found
+
+    def _forecast(self, low: set[int]) -> Expected | None:
+        """What a trial said of a choice, if there was one."""
+        return next((expected for tried, expected in self._trials if tried == low), None)
+
+    def _warn(self, low: set[int]) -> None:
+        """Says before the long work what it will come to, and warns if that is little."""
+        expected = self._forecast(low)
+        if expected is None:
+            return
+        self._tell(f"a quick trial keeps {expected}")
+        if expected.is_poor:
+            more = f", and so do more images than {self.images.count}" if self.images.count < MANY_IMAGES else ""
+            text = f"a quick trial loses much: {expected}; a higher target or a lower alpha keeps more{more}"
+            warnings.warn(text, CalibrationWarning, stacklevel=2)
 
     # Kernels, statistics, distillation.
 
@@ -169,17 +210,24 @@ class Calibration:
 
     # The report.
 
-    def _judge(self, converted: OctaveModule) -> None:
-        images = self.images
+    def _judge(self, converted: OctaveModule, forecast: Expected | None) -> None:
+        """What is kept on images held back; of few of them the trial's more judges say what to expect."""
+        images, report = self.images, self.report
         octave = run_model(converted, images.held)
-        self.report.loss = output_loss(self.dense, octave)
-        self.report.agreement = agreement(self.dense, octave)
-        self.report.cost = model_cost(converted, self.flows.trace.inputs).gmacs / self.dense_macs
+        report.loss, report.agreement = output_loss(self.dense, octave), agreement(self.dense, octave)
+        report.cost = model_cost(converted, self.flows.trace.inputs).gmacs / self.dense_macs
+        report.expected = forecast
+        if forecast is None or forecast.judges < report.held_back or report.held_back >= ENOUGH_JUDGES:
+            known = run_model(images.trace.model, images.some(RANKING_IMAGES // 2))
+            report.expected = expect(known, self.dense, octave)
+
+    def _tell(self, text: str) -> None:
+        if self.options.progress:
+            self.options.progress(text)
 
     @contextmanager
     def _step(self, name: str, loss: Callable[[], float] | None = None) -> Generator[Step, None, None]:
-        if self.options.progress:
-            self.options.progress(name)
+        self._tell(name)
         step = Step(name, loss() if loss else None, None, 0.0)
         start = time.perf_counter()
         yield step

@@ -1,113 +1,30 @@
-"""What each lever costs: the network with that one lever pulled, fitted, against the dense one."""
+"""What each lever costs: by networks in which many are pulled, and what the dense network's outputs feel of it."""
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from octify.calibrate.apart import Apart, find_apart
 from octify.calibrate.budget import MOST, Curve
-from octify.calibrate.data import Images, output_loss
-from octify.calibrate.fit import FitWork
-from octify.calibrate.least_squares import ROWS_PER_UNKNOWN
-from octify.calibrate.levers import Lever, low_classes, recipe_with
-from octify.calibrate.store import MEMORY, Store
-from octify.calibrate.walk import Chunk, Walk, walk_dense
-from octify.graph import shape_of, tensors_of, value_of
-from octify.module import OctaveModule
-from octify.plan import Flows, make_plan
-from octify.rewrite import rewrite_graph
-from octify.trace import Trace
+from octify.calibrate.data import Images, spreads_of
+from octify.calibrate.felt import Felt
+from octify.calibrate.levers import Lever
+from octify.calibrate.probe import Probe, fit_probes
+from octify.calibrate.store import MEMORY
+from octify.calibrate.trials import TRIAL_ROWS, TRIAL_STRENGTH
+from octify.calibrate.walk import walk_dense
+from octify.graph import tensors_of, value_of
+from octify.plan import Flows
 
-SHARES, MIDDLE = (0.25, 0.5, MOST), (0.5,)
-MOST_TRIALS = 48  # of several shares a lever
+SHARES = (0.25, 0.5, MOST)
+DIRECTIONS = 4  # in which changes of the outputs are looked at
 PASSES = 3  # sensitivities cost about so many passes of the dense network over all images
-FEWEST = 16  # images
-TRIAL_STRENGTH, TRIAL_ROWS = (0.01,), 0.25
-DONE = (sys.maxsize, True)  # the place of a trial that has no more to do
-REPAIRED = 576  # unknowns: what dense layers of so many can make up for behind a lever is not its cost
-
-
-def trial_losses(
-    flows: Flows,
-    images: Images,
-    trials: Sequence[set[int]],
-    count: int,
-    judges: int,
-    progress: Callable[[str], None] | None = None,
-) -> list[float]:
-    """The losses of networks in each of which exactly these classes are low, fitted to `count` images.
-
-    `judges` others judge them: on the few images that they are fitted to they look better than they are.
-    The dense network runs once for as many of them as memory may hold, and each only from where it begins to differ.
-    """
-    chunks = images.apart(count, judges)
-    size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
-    at_once = max(1, min(len(trials), MEMORY // max(size, 1)))
-    losses: list[float] = []
-    for start in range(0, len(trials), at_once):
-        losses += _side_by_side(flows, images.trace, *chunks, trials[start : start + at_once])
-        if progress:
-            progress(f"trial {len(losses)}/{len(trials)}")
-    return losses
-
-
-def _side_by_side(
-    flows: Flows, trace: Trace, fit: Sequence[Chunk], judges: Sequence[Chunk], trials: Sequence[set[int]]
-) -> list[float]:
-    source, store = walk_dense(trace, [*fit, *judges]), Store()
-    made = [_Trial(flows, low, source, store, len(fit)) for low in trials]
-    while (trial := min(made, key=lambda trial: trial.place)).place < DONE:
-        trial.advance()
-    dense = source.run()
-    return [output_loss(dense[len(fit) :], (trial.outputs or dense)[len(fit) :]) for trial in made]
-
-
-class _Trial:
-    """One octave network beside the dense one."""
-
-    def __init__(self, flows: Flows, low: set[int], source: Walk, store: Store, chunks: int) -> None:
-        self.outputs: list[Any] = []
-        self.source, self.store, self.chunks = source, store, chunks
-        self._flows = flows.again(recipe_with(flows, low))
-        self._plan = make_plan(self._flows)
-        self._index = {node: index for index, node in enumerate(source.nodes)}
-        self._work: FitWork | None = None
-        changed = {op.name for op in self._plan.ops if op.form != "dense"}
-        first = next((index for index, node in enumerate(source.nodes) if node.name in changed), None)
-        # When its turn comes: at which node of the dense network, and whether that must have run.
-        self.place: tuple[int, bool] = DONE if first is None else (first, False)
-
-    def advance(self) -> None:
-        """Begins, or fits one layer; behind the last one runs to the end."""
-        work = self._work
-        if work is None:
-            self.source.run_before(self.source.nodes[self.place[0]])
-            converted = rewrite_graph(self._flows, self._plan).eval()
-            octave = self.source.fork(converted, converted.graph, self.store)
-            work = self._work = fit_of_trial(self.source, octave, converted, self.chunks)
-        else:
-            work.fit_next(self.source)
-        self.place = (self._index[work.wanted], True) if work.wanted else DONE
-        if self.place == DONE:
-            self.outputs, self._work = work.octave.run(), None
-
-
-def fit_of_trial(source: Walk, octave: Walk, converted: OctaveModule, chunks: int) -> FitWork:
-    """How the layers of a trial are fitted, to the first chunks: quickly."""
-    images = sum(len(chunk[0]) for chunk in source.chunks[:chunks])
-
-    def repairs(node: fx.Node, module: nn.Module) -> bool:
-        weight, shape = cast(Tensor, module.weight), shape_of(value_of(node)) or (1, 1)
-        outputs = cast(int, getattr(module, "out_channels", None) or getattr(module, "out_features", 1))
-        unknowns = weight.numel() // outputs
-        return unknowns <= REPAIRED and images * math.prod(shape[1:]) // outputs >= ROWS_PER_UNKNOWN * unknowns
-
-    return FitWork(source, octave, converted, TRIAL_STRENGTH, repairs=repairs, rows=TRIAL_ROWS, chunks=chunks)
+FEWEST, MOST_IMAGES = 12, 32
+AT_ONCE = 8  # images whose gradients are held
 
 
 def measure_curves(
@@ -115,16 +32,63 @@ def measure_curves(
     images: Images,
     levers: Sequence[Lever],
     progress: Callable[[str], None] | None = None,
-    shares: Sequence[float] | None = None,
+    shares: Sequence[float] = SHARES,
 ) -> list[Curve]:
-    """The loss of each lever at some shares; more levers get fewer images and shares, within bounds."""
-    shares = shares or (SHARES if len(levers) * len(SHARES) <= MOST_TRIALS else MIDDLE)
+    """The loss of each lever at some shares, alone: to first order, its layers fitted and nothing behind them."""
+    apart = find_apart(flows, levers)
     steps = [sorted({max(1, int(share * len(lever.steps))) for share in shares}) for lever in levers]
-    pulled = [(lever, step) for lever, own in zip(levers, steps, strict=True) for step in own]
-    count = max(FEWEST, min(128, PASSES * images.count // (2 * max(1, len(levers) * len(shares)))))
-    lows = [low_classes([lever], [step]) for lever, step in pulled]
-    losses = iter(trial_losses(flows, images, lows, count, count, progress))
-    return [_rising(own, [next(losses) for _ in own]) for own in steps]
+    networks = [
+        {index: steps[index][place] for index in group if place < len(steps[index])}
+        for place in range(max(map(len, steps), default=0))
+        for group in apart.groups
+    ]
+    networks = [pulled for pulled in networks if pulled]
+    # A pass to fit and one to judge a network, the dense one's, and a backward pass is about two.
+    passes = 2 * len(networks) + 2 + 2 * DIRECTIONS
+    count = max(FEWEST, min(MOST_IMAGES, PASSES * images.count // passes))
+    size = sum(tensor.nbytes for tensor in tensors_of(images.trace.model))
+    at_once = max(1, MEMORY // max(size, 1))
+    losses: dict[tuple[int, int], float] = {}
+    for start in range(0, len(networks), at_once):
+        losses |= _probe(flows, images, levers, apart, networks[start : start + at_once], count)
+        if progress:
+            progress(f"sensitivities {min(start + at_once, len(networks))}/{len(networks)}")
+    return [_rising(own, [losses[index, step] for step in own]) for index, own in enumerate(steps)]
+
+
+def _probe(
+    flows: Flows,
+    images: Images,
+    levers: Sequence[Lever],
+    apart: Apart,
+    networks: Sequence[dict[int, int]],
+    count: int,
+) -> dict[tuple[int, int], float]:
+    """The losses by lever and steps, fitted to `count` images and judged by as many others."""
+    fit, judges = images.apart(count, count)
+    source = walk_dense(images.trace, fit)
+    probes = [Probe(flows, levers, pulled, source) for pulled in networks]
+    spreads = spreads_of(fit_probes(source, probes, TRIAL_STRENGTH, TRIAL_ROWS))
+    wholes = {stop.source for probe in probes for stop in probe.stops if stop.whole}
+    size = max(1, min(AT_ONCE, MEMORY // _bytes(wholes)))
+    sums: dict[tuple[int, int], float] = {key: 0.0 for pulled in networks for key in pulled.items()}
+    parts = [
+        tuple(value[at : at + size] for value in chunk) for chunk in judges for at in range(0, len(chunk[0]), size)
+    ]
+    for seed, part in enumerate(parts):
+        felt = Felt(source, part, wholes, spreads, DIRECTIONS, seed)
+        for probe in probes:
+            for index, change in probe.judge(part, felt, apart).items():
+                sums[index, probe.pulled[index]] += float(change.square().sum()) / DIRECTIONS
+    judged = sum(len(part[0]) for part in parts)
+    return {key: total / judged for key, total in sums.items()}
+
+
+def _bytes(nodes: set[fx.Node]) -> int:
+    """What values and gradients of some nodes take for one image."""
+    values: list[Any] = [value_of(node) for node in nodes]
+    numbers = sum(value.numel() // max(1, len(value)) for value in values if isinstance(value, Tensor))
+    return max(1, numbers * 4 * (DIRECTIONS + 2))
 
 
 def _rising(steps: Sequence[int], losses: Sequence[float]) -> Curve:

@@ -43,7 +43,7 @@ class Walk:
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, chunks: Sequence[Chunk], store: Store | None = None) -> None:
-        self.root, self.chunks = root, chunks
+        self.root, self.graph, self.chunks = root, graph, chunks
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.result: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
         self._index = {node: index for index, node in enumerate(self.nodes)}
@@ -71,6 +71,11 @@ class Walk:
     def arguments(self, node: fx.Node) -> Sequence[tuple[Any, ...]]:
         """A node's positional arguments, chunk by chunk."""
         return self._each(lambda shelf: self._lookup(node.args, shelf.look))
+
+    def put(self, node: fx.Node, values: Sequence[Any]) -> None:
+        """Goes on with copies of other values in the place of a kept node's."""
+        for shelf, value in zip(self._shelves, values, strict=True):
+            shelf.change(lambda kept, value=value: {**kept, node: value.clone()})
 
     def fork(self, root: nn.Module, graph: fx.Graph, store: Store) -> Walk:
         """A walk over another network from where this one stands; so far both must be the same."""
