@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from octify.errors import ConversionError
+from octify.functional import KINDS
 from octify.graph import chain_of_views, has_hooks, nodes_in, tensors_of, value_of, writes_in_place
 from octify.layout import Layout
 from octify.modes import ModeCall
@@ -50,6 +51,9 @@ class Plan:
     how: str
     ops: tuple[PlanOp, ...]
     notes: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # nothing in it changes
 
     def get(self, name: str) -> PlanOp | None:
         """The decision about a node; None of inputs and outputs."""
@@ -210,7 +214,7 @@ class Flows:
             self._want_dense(maps)
             return _plain(value_of(node))
         if not maps and (rule is None or rule.kind != "chooses"):
-            image = any(isinstance(value, Plain) and value.image for value in self._inputs(node))
+            image = node.target not in KINDS and any(isinstance(v, Plain) and v.image for v in self._inputs(node))
             return _plain(value_of(node), image=image)
         self.ops[node] = op
         self.classes.begin(node.name, str(node.target) if module is not None else None, settings)
@@ -346,7 +350,7 @@ def _size(node: fx.Node) -> int:
 
 def _plain(value: Any, *, image: bool = False) -> Any:
     if isinstance(value, Tensor):
-        return Plain(tuple(value.shape), image)
+        return Plain(tuple(value.shape), image and value.dim() > 2)  # a vector is none
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(item, image=image) for item in value) if type(value) in (tuple, list) else value  # pyright: ignore
     return value

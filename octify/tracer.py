@@ -168,6 +168,11 @@ class ShapedProxy(WritableProxy):
         """Of a device its kind, which is no symbol; of a tensor the method."""
         return self.value.type if isinstance(self.value, torch.device) else super().__getattr__("type")
 
+    @property
+    def requires_grad(self) -> bool:
+        """No: forwards ask so as to save memory or time in training, not for other values."""
+        return False
+
     def dim(self) -> int:
         """The number of axes."""
         return self.value.ndim

@@ -16,7 +16,7 @@ layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
 recipe origin
 kernels resample bands graph
-routes ops modes reparametrized
+routes ops modes reparametrized functional
 octbase compconv pooling
 octconv compweights
 transposed linear

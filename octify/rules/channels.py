@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from octify.graph import input_nodes, nodes_in, value_of
-from octify.layout import Layout
+from octify.layout import Layout, run_of
 from octify.ops import full_shape, pad_bands, take_channels
 from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Rule, Ties, register
 
@@ -35,7 +35,7 @@ def select(build: Build, source: Bands, index: Ids, given: Map) -> Any:
 def _take(build: Build, band: fx.Node, index: Ids, count: int, axis: int) -> fx.Node:
     if index.tolist() == list(range(count)):
         return band
-    return build.function(take_channels, band, tuple(index.tolist()), axis)
+    return build.function(take_channels, band, run_of(index.tolist()), axis)
 
 
 class Cat(Rule):
@@ -254,6 +254,8 @@ class View(Rule):
         middle = shape[first : len(shape) - len(tail)]
         if shape[:first] != head or shape[len(shape) - len(tail) :] != tail or math.prod(middle) != source.ids.size:
             raise Dense("it reshapes more than channels")
+        if not middle:
+            raise Dense("it drops the channel axis")
         shift = len(middle) - len(source.channel)
         spatial = tuple(axis + shift if axis > last else axis for axis in source.spatial)
         return Map(shape, np.reshape(source.ids, middle), tuple(range(first, first + len(middle))), spatial)
