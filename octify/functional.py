@@ -7,7 +7,7 @@ becomes the function on the source's parameters again.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class FunctionCall:
 def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
     """Puts modules of `root` in the places of function calls; gives the calls by the modules' paths."""
     uses = Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     calls: dict[str, list[tuple[fx.Node, FunctionCall]]] = defaultdict(list)
     for node in graph.nodes:
         if (call := _read(node, root)) is not None:
@@ -55,7 +56,8 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
     found: dict[str, FunctionCall] = {}
     for home, (*several, (_, call)) in calls.items():
         alike = all(other == call for _, other in several)
-        if not alike or any(uses[path] != len(several) + 1 for path in call.homes.values()):
+        lent = any(uses[path] != len(several) + 1 or _lies_in(path, called) for path in call.homes.values())
+        if not alike or lent:
             continue  # a module has one geometry, and its weights to itself
         owner, _, name = home.rpartition(".")
         path = f"{owner}.{PLACE}_{name}" if owner else f"{PLACE}_{name}"
@@ -67,6 +69,12 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
     for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
         graph.erase_node(node)
     return found
+
+
+def _lies_in(path: str, modules: Collection[str]) -> bool:
+    """Whether a parameter belongs to one of some modules, or to a part of one."""
+    parts = path.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
 
 
 def _read(node: fx.Node, root: nn.Module) -> FunctionCall | None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from octify.flows import Flows
 from octify.functional import drop_stand_ins
 from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_module, structural_copy
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
 from octify.operators import find_operator
-from octify.plan import Flows, Plan, PlanOp
+from octify.plan import Plan, PlanOp
 from octify.rules.base import Bands, Map
 from octify.tracer import SymbolicTracer
 

@@ -15,7 +15,8 @@ from octify.functional import FunctionCall, take_functions
 from octify.graph import map_leaves, meta_copy, named_modules, own_tensors, record_values, sharing_copy, to_meta
 from octify.modes import join_modes
 from octify.ops import same_branch_
-from octify.tracer import FixedTracer, FreeBatchTracer, GuardedTracer, SymbolicTracer
+from octify.shaped import FixedTracer, FreeBatchTracer, GuardedTracer
+from octify.tracer import SymbolicTracer
 
 
 @dataclass

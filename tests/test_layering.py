@@ -22,11 +22,13 @@ octconv compweights
 transposed linear
 layers
 rules.base
-tracer ties norms operators
+tracer ties norms operators rules.select
+shaped
 trace
 module
 rules.*
 rules
+flows
 plan
 rewrite check
 parts cost branches

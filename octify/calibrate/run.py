@@ -24,8 +24,8 @@ from octify.calibrate.statistics import norms_of, run_model, try_norms
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
 from octify.errors import CalibrationError
+from octify.flows import Flows
 from octify.module import OctaveModule
-from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 128

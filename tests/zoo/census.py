@@ -179,11 +179,10 @@ def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float, g
     )
     with Progress(*columns) as progress:
         task = progress.add_task("census", total=len(names))
-        for index, row in enumerate(_measured(names, workers, seconds, gib), 1):
+        for row in _measured(names, workers, seconds, gib):
             rows[row.key] = row
             progress.update(task, advance=1, description=row.key)
-            if index % 5 == 0 or index == len(names):
-                _save(rows)
+            _save(rows)
 
 
 def _save(rows: dict[str, Row]) -> None:

@@ -23,8 +23,9 @@ import octify.rewrite
 from octify import load, save
 from octify.conversion import Conversion
 from octify.convert import apply_plan
+from octify.flows import Flows
 from octify.origin import origin_of, set_origin
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 from octify.trace import trace_model
 from tests.zoo.compare import (
