@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from octify.flows import Flows
+from octify.functional import drop_stand_ins
 from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_module, structural_copy
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
 from octify.operators import find_operator
-from octify.plan import Flows, Plan, PlanOp
+from octify.plan import Plan, PlanOp
 from octify.rules.base import Bands, Map
 from octify.tracer import SymbolicTracer
 
@@ -67,6 +69,8 @@ class _Rewriter:
         return self.module(lambda: operator.make(module, **op.options), *args, **kwargs)
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        if str(node.target) in self.trace.functions:
+            return self.trace.functions[str(node.target)].emit(self.graph, self.rest(node.args[0]))
         copied = self.graph.node_copy(node, self.dense)
         copied.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
         return copied
@@ -191,6 +195,7 @@ class _Rewriter:
             set_module(root, path, nn.Module().train(model.training))
         for path, module in self.replaced.items():
             set_module(root, path, module)
+        drop_stand_ins(root, self.trace.functions, self.replaced)
         return root
 
 

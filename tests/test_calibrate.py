@@ -30,10 +30,11 @@ from octify.calibrate.verdict import compare
 from octify.calibrate.walk import walk_dense, walk_octave
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
+from octify.flows import Flows
 from octify.layout import Layout
 from octify.linear import OctLinear
 from octify.module import OctaveModule
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Plan, make_plan
 
 SIZE = 32
 

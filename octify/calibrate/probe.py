@@ -21,8 +21,9 @@ from octify.calibrate.levers import Lever, low_classes, recipe_with
 from octify.calibrate.store import Store
 from octify.calibrate.targets import extra_of
 from octify.calibrate.walk import Chunk, Walk
+from octify.flows import Flows
 from octify.octbase import OctBase
-from octify.plan import Flows, make_plan
+from octify.plan import make_plan
 from octify.rewrite import rewrite_graph
 
 

@@ -29,8 +29,8 @@ from octify.calibrate.trials import run_trials
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
 from octify.errors import CalibrationError, CalibrationWarning
+from octify.flows import Flows
 from octify.module import OctaveModule
-from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 64

@@ -16,7 +16,7 @@ from octify.convert import Example, convert, example_of
 from octify.errors import BackendError
 from octify.graph import meta_copy, record_values
 from octify.module import OctaveModule
-from octify.optimize.eager import lower_eager
+from octify.optimize.eager import lay_channels_last, lower_eager
 from octify.optimize.expand import expand_convs, expand_pools
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
@@ -37,6 +37,7 @@ class Pass:
 
 PASSES = (
     Pass("computed weights", passes.settle_weights),
+    Pass("modules with hooks kept", passes.keep_hooked),
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),
@@ -104,7 +105,7 @@ def _on_cpu(module: Optimized, example: tuple[Any, ...], backend: str) -> nn.Mod
     if backend == "eager":
         return own if own is not None and wins else theirs
     if not wins:
-        return Frozen(_finished(module.to(memory_format=torch.channels_last)))
+        return Frozen(_finished(cast(Optimized, lay_channels_last(module))))
     return Frozen(cast(Optimized, _with_programs(module, example)))
 
 
@@ -116,7 +117,7 @@ def _with_programs(module: Optimized, example: tuple[Any, ...]) -> Optimized | N
     _record_two_images(form, example)
     count = lower_native(form)
     form.octify_passes |= {"programs of octify's own kernels": count}
-    return _finished(form.to(memory_format=torch.channels_last)) if count else None
+    return _finished(cast(Optimized, lay_channels_last(form))) if count else None
 
 
 def _record_two_images(form: Optimized, example: tuple[Any, ...]) -> None:
@@ -160,7 +161,7 @@ class Frozen(nn.Module):
 
 def _compiled(module: Optimized) -> nn.Module:
     """On a GPU as one CUDA graph, where inductor can make one."""
-    return cast(nn.Module, torch.compile(module.to(memory_format=torch.channels_last), mode="reduce-overhead"))
+    return cast(nn.Module, torch.compile(lay_channels_last(module), mode="reduce-overhead"))
 
 
 def _copied(module: Optimized) -> Optimized:

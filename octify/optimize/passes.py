@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from octify.graph import get_module, named_modules, set_module, value_of
+from octify.graph import get_module, has_hooks, named_modules, set_module, value_of
 from octify.optimize.forms import join
 from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
@@ -42,6 +42,27 @@ def settle_weights(module: fx.GraphModule) -> int:
     found = [(path, child) for path, child in named_modules(module) if path and computed_by(child)]
     for path, child in found:
         set_module(module, path, settled(child))
+    return len(found)
+
+
+class Hooked(nn.Module):
+    """A module that something runs around: no pass knows this type, so each leaves it as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module, hooks included."""
+        return self.module(*args, **kwargs)
+
+
+def keep_hooked(module: fx.GraphModule) -> int:
+    """Before: a module with hooks.   After: the same inside of one that no other pass takes apart."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    found = [path for path in called if has_hooks(get_module(module, path))]
+    for path in found:
+        set_module(module, path, Hooked(get_module(module, path)))
     return len(found)
 
 
@@ -77,7 +98,8 @@ def gather_sums(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in ADDS or len(node.args) != 2 or node.kwargs:
             continue
-        if not all(isinstance(term, fx.Node) and _shape(term) == _shape(node) for term in node.args):
+        shape = _shape(node)  # none of a sum of sizes
+        if not shape or not all(isinstance(term, fx.Node) and _shape(term) == shape for term in node.args):
             continue
         parts = [_parts(cast(fx.Node, term)) for term in node.args]
         with module.graph.inserting_before(node):
