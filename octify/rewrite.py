@@ -39,6 +39,7 @@ class _Rewriter:
         self.merged: dict[fx.Node, fx.Node] = {}
         self.split: dict[tuple[fx.Node, Layout], Bands] = {}
         self.replaced: dict[str, nn.Module] = {}
+        self.copied: list[fx.Node] = []  # dense calls of modules
         self.adapters: dict[tuple[str, Layout, int], str] = {}
         self.node: fx.Node | None = None
         self.op: PlanOp | None = None
@@ -49,8 +50,17 @@ class _Rewriter:
             self.node = node
             self.op = self.plan.get(node.name)
             self.env[node] = self._emit(node)
+        self._part_calls()
         root = self._root()
         return OctaveModule.build(root, self.graph, two_modes=self.trace.two_modes)
+
+    def _part_calls(self) -> None:
+        """Gives dense calls of a module whose other calls are on bands (a pooling used twice) a module of their own."""
+        for node in self.copied:
+            home = str(node.target)
+            if any(path == home or path.startswith(f"{home}.") for path in self.replaced):
+                node.target = f"octify_{node.name}"
+                self.replaced[node.target] = copy.deepcopy(get_module(self.trace.model, home))
 
     def _emit(self, node: fx.Node) -> Any:
         if self.op is None or self.op.form == "dense":
@@ -72,6 +82,8 @@ class _Rewriter:
         if str(node.target) in self.trace.functions:
             return self.trace.functions[str(node.target)].emit(self.graph, self.rest(node.args[0]))
         copied = self.graph.node_copy(node, self.dense)
+        if node.op == "call_module":
+            self.copied.append(copied)
         copied.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
         return copied
 

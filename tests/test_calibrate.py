@@ -402,6 +402,21 @@ def test_pixels_and_features_are_measured_as_what_they_are(net: nn.Module) -> No
     assert features.kind == "features" and features.agreement is None and features.loss > 0
 
 
+def test_a_layer_is_compared_behind_its_activation() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    dead = net[2].bias  # type: ignore
+    with torch.no_grad():
+        dead[:1], dead[-1:] = -100.0, -100.0  # type: ignore
+    converted = octify.convert(net.eval(), alpha=0.5, example_inputs=(1, 3, SIZE, SIZE))
+    before = compare(net, converted, pictures(4)).layers
+    with torch.no_grad():
+        for name in ("high", "low"):
+            getattr(converted.get_submodule("2"), f"bias_{name[0]}")[{"high": 0, "low": -1}[name]] += 50.0
+    after = compare(net, converted, pictures(4)).layers
+    assert after == before and [layer.layer for layer in after] == ["2", "4"]
+    assert after[0].low and after[1].high
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -73,9 +73,9 @@ class Probe:
         outputs = source.values[stop.source]
         if stop.fits:
             inputs, extra = walk.arguments(stop.node), extra_of(source, walk, (stop.source, stop.node), outputs)
-            fit_layer(
-                self.converted, stop.node, inputs, outputs, extra, strengths, torch.Generator().manual_seed(0), rows
-            )
+            dice = torch.Generator().manual_seed(0)
+            # A norm behind a whole map goes on with the dense network's values: it must stay as it is.
+            fit_layer(self.converted, stop.node, inputs, outputs, extra, strengths, dice, rows, alone=stop.whole)
         if stop.whole:
             walk.run_through(stop.node)
             walk.put(stop.node, outputs)
