@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from octify.bench import Settings, measure_latency
 from octify.calibrate.data import example_of_batches, read_images
 from octify.calibrate.levers import find_levers
 from octify.calibrate.parts import compare_parts, record_parts
@@ -55,8 +56,35 @@ class ImageRequest:
         return load_source(self.place, known, samples=self.samples, **options)
 
 
+@dataclass(frozen=True)
+class LatencyRequest:
+    """The ms that a network shall take for one image, eager, on so many CPU threads."""
+
+    ms: float
+    threads: int | None = None
+
+    def measured(self, reading: Conversion, options: Options) -> Options:
+        """The options with what was measured of the network.
+
+        Raises:
+            BackendError: nothing gets faster here.
+            CalibrationError: a target is named already.
+        """
+        if options.target is not None or options.max_loss is not None:
+            raise CalibrationError("--target-latency stands for --target and --max-loss: name one of them")
+        settings = Settings(threads=self.threads)
+        table = measure_latency(reading.model, reading.recipe, reading.example, settings, progress=options.progress)
+        return replace(options, target=self.ms / table.dense_ms, latency=table)
+
+
 def convert_calibrated(
-    request: Request, images: ImageRequest, options: Options, output: Path | None, overwrite: bool, step: Step
+    request: Request,
+    images: ImageRequest,
+    options: Options,
+    output: Path | None,
+    overwrite: bool,
+    step: Step,
+    wish: LatencyRequest | None = None,
 ) -> dict[str, Any]:
     """Converts by calibration images, and writes a checkpoint if there is an output.
 
@@ -68,6 +96,9 @@ def convert_calibrated(
         check_target(output, overwrite)
     source, reading = _read(request, images, step)
     options = replace(options, progress=step)
+    if wish is not None:
+        options = wish.measured(reading, options)
+        reading = reading.again(options.latency.recipe) if options.latency is not None else reading
     if reading.whole:
         calibration = Calibration(reading.flows, source.batches, options)
         converted: nn.Module = calibration.run(lambda flows: finish(flows, make_plan(flows)))

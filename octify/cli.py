@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from octify import cli_speed, report
-from octify.calibrate_jobs import compare_checkpoint, convert_calibrated, list_sensitivities
+from octify.calibrate_jobs import LatencyRequest, compare_checkpoint, convert_calibrated, list_sensitivities
 from octify.cli_base import (
     C0,
     MODEL_HELP,
@@ -40,6 +40,8 @@ from octify.cli_calibrate import (
     Sensitivity,
     Std,
     Target,
+    TargetLatency,
+    Threads,
     image_request,
     options_of,
 )
@@ -87,6 +89,8 @@ def convert(
     calibrate: Place = None,
     samples: Samples = 512,
     target: Target = None,
+    target_latency: TargetLatency = None,
+    threads: Threads = None,
     max_loss: MaxLoss = None,
     distil: Distil = 0,
     mean: Mean = None,
@@ -101,12 +105,14 @@ def convert(
         shape = parse_size(input_size)
         request = Request(model, alpha, recipe, kernels, shape, pretrained, weights, seed, operator, c0)
         if calibrate is None:
-            _need_images(target is not None or max_loss is not None or distil > 0 or recipe_out is not None)
+            wishes = (target, target_latency, max_loss, distil or None, recipe_out)
+            _need_images(any(wish is not None for wish in wishes))
             facts = convert_model(request, output, overwrite, step)
         else:
             images = image_request(calibrate, samples, mean, std, size)
             options = options_of(target, max_loss, samples, distil, seed)
-            facts = convert_calibrated(request, images, options, output, overwrite, step)
+            wish = None if target_latency is None else LatencyRequest(target_latency, threads)
+            facts = convert_calibrated(request, images, options, output, overwrite, step, wish)
         if recipe_out is not None:
             write_text(recipe_out, facts["recipe_text"], overwrite)
     render = report.conversion_report if calibrate is None else calibration_report

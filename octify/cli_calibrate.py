@@ -18,6 +18,10 @@ Samples = Annotated[int, typer.Option(min=1, help="Use so many images of SOURCE.
 Target = Annotated[
     float | None, typer.Option(min=0.05, max=1, help="Multiply-adds against dense; chooses alpha layer by layer.")
 ]
+TargetLatency = Annotated[
+    float | None, typer.Option(metavar="MS", min=0.001, help="The same by latencies measured here, for this many ms.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="With --target-latency: CPU threads.")]
 MaxLoss = Annotated[
     float | None, typer.Option(min=0, help="The outputs' squared error against their variance; as cheap as it allows.")
 ]

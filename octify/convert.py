@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from octify.branches import Branches, takes_branches
 from octify.calibrate.data import Batches, example_of_batches, take_batches
+from octify.calibrate.latency import LatencyTable
 from octify.calibrate.parts import calibrate_parts
 from octify.calibrate.report import CalibrationReport
 from octify.calibrate.run import Calibration, Options
@@ -42,6 +43,7 @@ def convert(
     c0: int | None = None,
     calibration: Batches | None = None,
     target: float | None = None,
+    latency: LatencyTable | None = None,
     max_loss: float | None = None,
     samples: int | None = 512,
     choose: bool = True,
@@ -63,18 +65,19 @@ def convert(
     largest traceable submodules are OctaveModules.
 
     `calibration` is images without labels (a tensor or batches, of which `samples` are used) by which the network keeps
-    what it knows: they say which channels go low (`choose`) and, for a `target` (multiply-adds against dense) or a
-    `max_loss` (squared error of the outputs, as a share of their variance), how many of which layer; they fit the
-    kernels (`fit`), judge batch norm's `statistics`, and are distilled on for `distil` steps. `octify_report` of the
-    result tells what each step did. The same images and `seed` give the same bytes.
+    what it knows: they say which channels go low (`choose`) and, for a `target` (multiply-adds against dense, or time
+    with a `latency` by `octify.bench.measure_latency`, whose recipe is taken) or a `max_loss` (squared error of the
+    outputs, as a share of their variance), how many of which layer; they fit the kernels (`fit`), judge batch norm's
+    `statistics`, and are distilled on for `distil` steps. `octify_report` of the result tells what each step did. The
+    same images and `seed` give the same bytes, unless times chose.
 
     Raises:
         RecipeError, ModelError, TraceError, ConversionError: see their messages; also when nothing would change.
         CalibrationError: the images cannot be used, or the target cannot be met.
     """
-    chosen = choose_recipe(recipe, alpha, kernels, operator, c0)
+    chosen = choose_recipe(recipe, alpha, kernels, operator, c0) if latency is None else latency.recipe
     if calibration is not None:
-        options = Options(target, max_loss, samples, choose, fit, statistics, distil, seed, progress)
+        options = Options(target, max_loss, samples, choose, fit, statistics, distil, seed, progress, latency)
         batches = take_batches(calibration, samples)
         example = example_of(model, example_inputs if example_inputs is not None else example_of_batches(batches))
         try:

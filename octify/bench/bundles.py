@@ -70,7 +70,7 @@ def only_faster(
         ConversionError: the recipe converts nothing.
     """
     chosen = (settings or Settings()).checked()
-    search = _Search(Conversion.read(model, recipe, example_inputs), chosen, rounds)
+    search = Search(Conversion.read(model, recipe, example_inputs), chosen, rounds)
     with threads(chosen.threads):
         return search.run(progress)
 
@@ -98,8 +98,8 @@ def reach_latency(
             progress(f"alpha {alpha:g}")
         return search_at(alpha).latency() <= target_ms
 
-    def search_at(alpha: float) -> _Search:
-        return _Search(reading.again(recipe.with_alpha(alpha)), chosen, rounds)
+    def search_at(alpha: float) -> Search:
+        return Search(reading.again(recipe.with_alpha(alpha)), chosen, rounds)
 
     with threads(chosen.threads):
         least = bisect_left(ALPHAS, True, key=reaches)
@@ -113,7 +113,9 @@ def reach_latency(
     return found
 
 
-class _Search:
+class Search:
+    """Networks of one model that differ in what is dense, measured against each other; bundles in groups of a look."""
+
     def __init__(self, reading: Conversion, settings: Settings, rounds: int) -> None:
         self.reading, self.recipe, self.settings, self.rounds = reading, reading.recipe, settings, rounds
         octave = {op.target for op in reading.plan().converted}
@@ -122,7 +124,7 @@ class _Search:
             for bundle in flows.classes.bundles:
                 names = tuple(f"{path}.{name}" if path else name for name in bundle.writers)
                 if bundle.alpha > 0 and octave.intersection(names):
-                    look = frozenset(_look_of(flows, name) for name in bundle.writers)
+                    look = frozenset(look_of(flows, name) for name in bundle.writers)
                     alike[path, bundle.alpha, look].append(names)
         self.groups = list(alike.values())
         if not self.groups:
@@ -131,50 +133,61 @@ class _Search:
 
     def latency(self) -> float:
         """The recipe's own network in ms."""
-        return _ms(*self._times([self._runner([])]))
+        return median_ms(*self.times([self.runner([])]))
 
     def run(self, progress: Progress | None) -> Faster:
+        rows, start, current = self.sift(progress)
+        dense = [name for row in rows if not row.octave for name in row.convolutions]
+        return self._verdict(rows, {"none": self.runner(None), "chosen": current, "all": start}, dense)
+
+    def sift(self, progress: Progress | None) -> tuple[list[BundleTiming], Any, Any]:
+        """Row by row, each measured with the losers before it dense; the whole recipe's network and what is left."""
         dense: list[str] = []
         rows: list[BundleTiming] = []
-        start = current = self._runner(dense)
+        start = current = self.runner(dense)
         for index, bundles in enumerate(self.groups):
             names = [name for bundle in bundles for name in bundle]
             if progress:
                 progress(f"{index + 1} of {len(self.groups)}: {names[0]}")
-            candidate = self._runner([*dense, *names])
-            times = self._times([current, candidate])
+            candidate = self.runner([*dense, *names])
+            times = self.times([current, candidate])
             keep = not _clearly_faster(times[1], times[0])
-            octave_ms, dense_ms = map(_ms, times)
+            octave_ms, dense_ms = map(median_ms, times)
             rows.append(BundleTiming(tuple(names), octave_ms, dense_ms, keep, len(bundles)))
             if not keep:
                 dense, current = [*dense, *names], candidate
-        return self._verdict(rows, {"none": self._runner(None), "chosen": current, "all": start}, dense)
+        return rows, start, current
 
     def _verdict(self, rows: list[BundleTiming], runners: dict[str, Any], dense: list[str]) -> Faster:
         """The faster of what was chosen and the whole recipe, if it clearly beats the dense network."""
         everything = [name for row in rows for name in row.convolutions]
         left_dense = {"none": everything, "chosen": dense, "all": []}
-        times = dict(zip(runners, self._times(list(runners.values())), strict=True))
-        best = min(("chosen", "all"), key=lambda name: _ms(times[name]))
+        times = dict(zip(runners, self.times(list(runners.values())), strict=True))
+        best = min(("chosen", "all"), key=lambda name: median_ms(times[name]))
         if not _clearly_faster(times[best], times["none"]):
             best = "none"
-        recipe = self._recipe(left_dense[best])
+        recipe = self.with_dense(left_dense[best])
         kept = [replace(row, octave=row.convolutions[0] not in left_dense[best]) for row in rows]
-        dense_ms, octave_ms = _ms(times["none"]), _ms(times[best])
+        dense_ms, octave_ms = median_ms(times["none"]), median_ms(times[best])
         return Faster(recipe, self._text(recipe, dense_ms, octave_ms), tuple(kept), dense_ms, octave_ms)
 
-    def _recipe(self, dense: Sequence[str]) -> Recipe:
+    def with_dense(self, dense: Sequence[str]) -> Recipe:
+        """The recipe with these convolutions dense."""
         data = self.recipe.to_dict()
         data["layers"] = [{"match": path, "alpha": 0.0} for path in dense] + list(data.get("layers", []))
         return Recipe.from_dict(data, self.recipe.name or "recipe")
 
-    def _runner(self, dense: Sequence[str] | None) -> Any:
+    def runner(self, dense: Sequence[str] | None) -> Any:
         """The network with these convolutions dense; None: all of them."""
-        recipe = Recipe.uniform(0.0) if dense is None else self._recipe(dense)
+        return self.runner_of(Recipe.uniform(0.0) if dense is None else self.with_dense(dense))
+
+    def runner_of(self, recipe: Recipe) -> Any:
+        """The network under another recipe."""
         reading = self.reading.again(recipe)
         return runner(reading.apply(reading.plan()), self.inputs, self.settings)
 
-    def _times(self, calls: list[Any]) -> list[list[float]]:
+    def times(self, calls: list[Any]) -> list[list[float]]:
+        """Seconds of each, measured in turn."""
         return interleave(calls, self.rounds, 2, clock_of(torch.device(self.settings.device)))
 
     def _text(self, recipe: Recipe, dense_ms: float, octave_ms: float) -> str:
@@ -188,7 +201,7 @@ class _Search:
         )
 
 
-def _look_of(flows: Flows, writer: str) -> tuple[Any, ...]:
+def look_of(flows: Flows, writer: str) -> tuple[Any, ...]:
     """What tells how fast a writer is, besides how many channels it reads: its geometry and the map that it gives."""
     calls = flows.by_target.get(writer, [])
     if not calls:
@@ -198,7 +211,7 @@ def _look_of(flows: Flows, writer: str) -> tuple[Any, ...]:
     return (type(module), *geometry, *(shape_of(value_of(call)) for call in calls))
 
 
-def _ms(seconds: list[float]) -> float:
+def median_ms(seconds: list[float]) -> float:
     return 1000 * statistics.median(seconds)
 
 

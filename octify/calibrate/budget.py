@@ -64,8 +64,8 @@ def refuse_unreachable(levers: Sequence[Lever], cost: CostModel, target: float) 
     least = float(cost.ratio(_most(levers)))
     if least > target:
         raise CalibrationError(
-            f"target {target:g} is out of reach: with {MOST:.0%} of every bundle low, {least:.3f} of the multiply-adds "
-            "are left; choose a higher target, or a recipe that splits more layers"
+            f"target {target:g} is out of reach: with {MOST:.0%} of every bundle low, {least:.3f} of the {cost.unit} "
+            "is left; choose a higher target, or a recipe that splits more layers"
         )
 
 

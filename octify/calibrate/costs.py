@@ -30,11 +30,15 @@ class CostModel:
     Exact where each step of a lever holds equally many channels of every layer, as it nearly always does.
     """
 
+    unit = "multiply-adds"
+
     def __init__(self, flows: Flows, levers: Sequence[Lever], dense_macs: float) -> None:
         self.dense_macs = dense_macs
         owner = {root: index for index, lever in enumerate(levers) for step in lever.steps for root in step}
         lengths = np.array([len(lever.steps) for lever in levers], dtype=np.float64)
-        rows = [_row(flows, node, owner, lengths) for node in flows.ops if _chooses(flows, node)]
+        nodes = [node for node in flows.ops if _chooses(flows, node)]
+        rows = [_row(flows, node, owner, lengths) for node in nodes]
+        self.layers = [str(node.target) for node in nodes]  # paths, where modules are called
         count = len(levers)
         self.reads = np.array([row[0] for row in rows]).reshape(-1, count)  # low inputs a step
         self.gives = np.array([row[1] for row in rows]).reshape(-1, count)
@@ -44,14 +48,17 @@ class CostModel:
 
     def ratio(self, counts: Counts) -> NDArray[np.float64]:
         """Multiply-adds against dense, for settings (..., levers) in steps."""
+        return 1 - self.saved(counts).sum(-1) / self.dense_macs
+
+    def saved(self, counts: Counts) -> NDArray[np.float64]:
+        """Multiply-adds less than dense, layer by layer, (..., layers)."""
         low_in, low_out = counts @ self.reads.T, counts @ self.gives.T
         high_in, high_out = self.sizes[:, 0] - low_in, self.sizes[:, 1] - low_out
         hh, hl, lh, ll = self.paths.T
         crossed = high_in * (high_out * hh + low_out * hl) + low_in * (high_out * lh + low_out * ll)
         alone = high_out * hh + low_out * ll
-        now = np.where(self.depthwise, alone, crossed).sum(-1)
-        before = np.where(self.depthwise, self.sizes[:, 1] * hh, self.sizes[:, 0] * self.sizes[:, 1] * hh).sum()
-        return 1 - (before - now) / self.dense_macs
+        before = np.where(self.depthwise, self.sizes[:, 1] * hh, self.sizes[:, 0] * self.sizes[:, 1] * hh)
+        return before - np.where(self.depthwise, alone, crossed)
 
 
 def _chooses(flows: Flows, node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ from octify.calibrate.distil import BATCH, distil
 from octify.calibrate.expect import Expected, expect
 from octify.calibrate.fit import fit_kernels
 from octify.calibrate.heap import kept_memory
+from octify.calibrate.latency import LatencyModel, LatencyTable, in_time
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.report import CalibrationReport, Step
@@ -55,6 +56,7 @@ class Options:
     distil: int = 0
     seed: int = 0
     progress: Progress | None = None
+    latency: LatencyTable | None = None
 
 
 class Calibration:
@@ -68,6 +70,7 @@ class Calibration:
         self.report = CalibrationReport(images=self.images.count, held_back=held)
         self.dense_macs = source_cost(flows.trace).gmacs
         self._trials: list[tuple[set[int], Expected]] = []  # which classes were low, and what that came to
+        self._times: dict[tuple[int, ...], str] = {}  # what was measured of counts
         self._tell(f"calibrating on {self.images.count} images: {in_words(self._seconds())}")
 
     @kept_memory()
@@ -117,9 +120,11 @@ class Calibration:
         levers = find_levers(self.flows, felt)
         if options.target is None and options.max_loss is None:
             return low_classes(levers, [int(lever.alpha * len(lever.steps) + 1e-9) for lever in levers])
-        cost = CostModel(self.flows, levers, self.dense_macs * 1e9)
-        with self._step("budget"):
+        place = (self.flows, levers, self.dense_macs * 1e9)
+        cost = CostModel(*place) if options.latency is None else LatencyModel(*place, options.latency)
+        with self._step("budget") as step:
             counts = self._counts(levers, cost)
+            step.note = self._times.get(tuple(counts), "")
         self.report.alphas = {lever.name: count / len(lever.steps) for lever, count in zip(levers, counts, strict=True)}
         return low_classes(levers, counts)
 
@@ -129,7 +134,7 @@ class Calibration:
         refuse_unreachable(levers, cost, options.target or 1.0)
         curves = measure_curves(self.flows, self.images, levers, options.progress) if options.choose else []
         if options.max_loss is None:
-            candidates = _candidates(levers, curves, cost, options.target or 1.0)
+            candidates = self._that_meet(levers, curves, cost, options.target or 1.0)
             return self._best(levers, candidates)[1] if len(candidates) > 1 else candidates[0]
         least = float(cost.ratio(np.array([len(lever.steps) for lever in levers]) * 0.8))
         low, high = max(least, options.target or 0.0), 1.0
@@ -144,6 +149,24 @@ class Calibration:
         if found is None:
             raise CalibrationError(f"no conversion keeps the loss below max_loss {options.max_loss:g} on these images")
         return found
+
+    def _that_meet(
+        self, levers: Sequence[Lever], curves: Sequence[Curve], cost: CostModel, target: float
+    ) -> list[list[int]]:
+        """What meets the target; a latency is measured."""
+        table = self.options.latency
+        if table is None:
+            return _candidates(levers, curves, cost, target)
+        self._tell("latencies")
+        met = in_time(
+            table,
+            target,
+            lambda aim: _candidates(levers, curves, cost, aim),
+            lambda counts: recipe_with(self.flows, low_classes(levers, counts)),
+        )
+        for counts, share in met.items():
+            self._times[counts] = f"{share * table.dense_ms:.2f} ms, dense {table.dense_ms:.2f} ms"
+        return [list(counts) for counts in met]
 
     def _best(self, levers: Sequence[Lever], candidates: Sequence[list[int]]) -> tuple[float, list[int]]:
         outcomes = self._try([low_classes(levers, counts) for counts in candidates])
