@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "maps.h"
+#include "inputs.h"
 
 constexpr int NARROW = 12;            // pixels in a tile of one vector, as where a last panel has no more channels
 constexpr int64_t CACHE = 256 << 10;  // bytes of input that a block of pixels may take
@@ -69,19 +69,19 @@ static const Runs<2, std::make_integer_sequence<int, MOST>> WIDES;
 // Per tap, where each of some output pixels (counted through all images) finds its input; zeros beyond the borders.
 static void find_rows(const Conv& conv, const Map& x, const Map& out, int64_t from, int64_t count, int64_t pitch,
                       const float* zeros, const float** rows) {
-  const int64_t step = conv.stride[1] * x.c;
+  const int64_t step = conv.stride[1] * x.pitch;
   each_row(out, from, count, [&](int64_t i, int64_t n, int64_t oh, int64_t column, int64_t columns) {
     const float** to = rows + i;
     for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
       const int64_t h = oh * conv.stride[0] + kh * conv.dilation[0] - conv.before[0];
-      const float* line = x.data + (n * x.h + h) * x.w * x.c;
+      const float* line = x.data + (n * x.h + h) * x.w * x.pitch;
       const bool beyond = h < 0 || h >= x.h;
       for (int64_t kw = 0; kw < conv.kernel[1]; ++kw, to += pitch) {
         const int64_t shift = kw * conv.dilation[1] - conv.before[1];  // w = column · stride + shift
         int64_t j = 0, w = column * conv.stride[1] + shift;
         const int64_t last = beyond ? 0 : std::min(columns, (x.w - 1 - w + conv.stride[1]) / conv.stride[1]);
         for (; j < last && w < 0; ++j, w += conv.stride[1]) to[j] = zeros;
-        const float* place = line + w * x.c;
+        const float* place = line + w * x.pitch;
         for (; j < last; ++j, place += step) to[j] = place;
         for (; j < columns; ++j) to[j] = zeros;
       }
@@ -98,10 +98,12 @@ static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>&
   const int64_t reach = (out.w - 1) * conv.stride[1] + conv.kernel[1], left = conv.before[1];
   const int64_t wide = std::max(reach, left + x.w);
   room.assign(x.n * x.h * wide * x.c, 0.f);
+  const int64_t runs = x.pitch == x.c ? 1 : x.w, length = x.w / runs;  // of a row, what lies in one piece
   for (int64_t row = 0; row < x.n * x.h; ++row)
-    std::copy_n(x.data + row * x.w * x.c, x.w * x.c, room.data() + (row * wide + left) * x.c);
+    for (int64_t w = 0; w < x.w; w += length)
+      std::copy_n(x.data + (row * x.w + w) * x.pitch, length * x.c, room.data() + (row * wide + left + w) * x.c);
   conv.span *= conv.kernel[1], conv.kernel[1] = 1, conv.before[1] = 0;
-  x = {room.data(), x.n, x.h, wide, x.c};
+  x = {room.data(), x.n, x.h, wide, x.c, x.c};
 }
 
 // Weights come from far: while one panel is used, the next is fetched, at the end that of the step that follows.
@@ -130,7 +132,7 @@ static void run_sum(const Step& step, Panel following, const Map* maps, const fl
   Conv convs[4];
   Map inputs[4];
   for (int64_t i = 0; i < step.convs; ++i) {
-    convs[i] = step.conv[i], inputs[i] = map_of(convs[i].input, maps);
+    convs[i] = settled(step.conv[i], maps, out), inputs[i] = map_of(convs[i].input, maps);
     if (inputs[i].data) join_columns(convs[i], inputs[i], out, rooms[i]);
   }
   const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
