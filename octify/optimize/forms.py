@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octify.ops import halve
-from octify.pooling import OctPool
+from octify.pooling import OctPool, Window, carrier
 from octify.resample import pool_low, up_to
 from octify.routes import Route, enter, leave
 
@@ -65,6 +65,9 @@ ACTS: dict[str, Any] = {
 class Affine(nn.Module):
     """`scale · x + shift`, by channel (C,); x (N, C, …)."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
@@ -114,6 +117,18 @@ class OutSize(nn.Module):
         )
 
 
+class Carrier(nn.Module):
+    """What a pooling of both bands gives of a high band without channels: its new size."""
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, high: Tensor) -> Tensor:
+        """high (N, 0, H, W)."""
+        return carrier(self.window, high)
+
+
 class LowPool(nn.Module):
     """What a pooling of both bands does to the low one."""
 
@@ -127,11 +142,6 @@ class LowPool(nn.Module):
         pool = self.pool
         geometry = (pool.low_kernel, pool.low_stride, pool.left)
         return pool.window.kind == "average" and pool.window.divisor is None and geometry == ((2, 2), (2, 2), (0, 0))
-
-    @property
-    def takes_greatest(self) -> bool:
-        """Whether it takes the greatest value of windows over two axes."""
-        return self.pool.window.kind == "max" and len(self.pool.low_kernel) == 2
 
     def forward(self, low: Tensor, pooled: Tensor) -> Tensor:
         """`pooled` is the pooled high band, whose size the result fits."""
@@ -156,6 +166,16 @@ def half_of(x: Tensor) -> tuple[int, ...]:
 def scaled_grid(x: Tensor, factors: Sequence[float]) -> tuple[int, ...]:
     """A map's height and width, each times a factor."""
     return tuple(int(length * factor) for length, factor in zip(x.shape[2:], factors, strict=True))
+
+
+def last_of(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def flat_of(x: Tensor) -> Tensor:
+    """(N, C, 1, 1) to (N, C)."""
+    return x.flatten(1)
 
 
 def moments(bands: Sequence[Tensor], eps: float) -> Tensor:
@@ -188,5 +208,5 @@ class Centred(nn.Module):
 
     def forward(self, x: Tensor, by: Tensor) -> Tensor:
         """x (N, C, H, W), by (N, 3, H, W)."""
-        centre, factor, rest = by.split(1, 1)
+        centre, factor, rest = (by.narrow(1, index, 1) for index in range(3))
         return self.affine((x - centre) * factor + rest)

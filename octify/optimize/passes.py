@@ -14,14 +14,18 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from octify.graph import get_module, named_modules, set_module, value_of
+from octify.modes import ModeCall
 from octify.optimize.forms import join
 from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
+from octify.rules.conv import SCALED, STANDARDISED, plain_conv
+from octify.rules.join import SharedDrop
 
 IDLE = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     DropPath, StochasticDepth,
 )  # fmt: skip
+DROPOUTS: tuple[Any, ...] = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADDS: tuple[Any, ...] = (operator.add, cast(Any, operator).iadd, torch.add)
 MODULE_ACTS: dict[type, str] = {
@@ -49,10 +53,13 @@ METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "t
 
 
 def settle_weights(module: fx.GraphModule) -> int:
-    """Before: weights computed at each call (weight norm).   After: the weights."""
-    found = [(path, child) for path, child in named_modules(module) if path and computed_by(child)]
-    for path, child in found:
-        set_module(module, path, settled(child))
+    """Before: weights computed at each call (weight norm, standardisation).   After: the weights."""
+    found = [(path, settled(child)) for path, child in named_modules(module) if path and computed_by(child)]
+    for path, child in named_modules(module):
+        if type(child) in (*STANDARDISED, *SCALED):
+            found.append((path, plain_conv(child)))
+    for path, made in found:
+        set_module(module, path, made)
     return len(found)
 
 
@@ -60,11 +67,23 @@ def drop_idle(module: fx.GraphModule) -> int:
     """Before: x → dropout (eval) → y.   After: x → y."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and type(get_module(module, str(node.target))) in IDLE and len(node.args) == 1:
+        found = get_module(module, str(node.target)) if node.op == "call_module" else None
+        if type(found) is SharedDrop:
+            for reader in list(node.users):
+                reader.replace_all_uses_with(cast(fx.Node, node.args[cast(int, reader.args[1])]))
+                module.graph.erase_node(reader)
+        elif len(node.args) == 1 and (type(found) in IDLE or _is_dropout(found)):
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
-            module.graph.erase_node(node)
-            count += 1
+        else:
+            continue
+        module.graph.erase_node(node)
+        count += 1
     return count
+
+
+def _is_dropout(found: nn.Module | None) -> bool:
+    """Whether a module calls functional dropout, in whatever mode it is in."""
+    return isinstance(found, ModeCall) and found.function in DROPOUTS
 
 
 def share_pools(module: fx.GraphModule) -> int:
@@ -158,13 +177,13 @@ def act_of(module: fx.GraphModule, node: fx.Node) -> str:
     given = {key: value for key, value in node.kwargs.items() if key != "inplace"}
     if not set(given) <= set(known) or len(node.args) - 1 > len(known):
         return ""
-    found = {**known, **dict(zip(known, node.args[1:], strict=False)), **given}
+    found: dict[str, Any] = {**known, **dict(zip(known, node.args[1:], strict=False)), **given}
     return _numbered(name, list(found.values()))
 
 
-def act_of_module(found: nn.Module) -> str:
+def act_of_module(module: nn.Module) -> str:
     """A module's activation as `forms.activate` knows it, else nothing."""
-    kind = type(found)
+    found, kind = cast(Any, module), type(module)
     if kind in NUMBERED_ACTS:
         name, attributes = NUMBERED_ACTS[kind]
         return _numbered(name, [getattr(found, attribute) for attribute in attributes])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from octify.optimize.native.sizes import Cropped, Halved, Like, SideBySide
-from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Kind, Shape, Sizes, Step
+from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Edge, Kind, Shape, Sizes, Step
 
 ONE_TAP = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel, stride, padding before, dilation
 
@@ -29,6 +29,14 @@ class Pending:
         return self.conv.small_group
 
 
+@dataclass(frozen=True)
+class Padding:
+    """What a convolution's input is padded by first, as `F.pad` has it or as TensorFlow does, and with what."""
+
+    amounts: tuple[int, ...]
+    edge: Edge
+
+
 class Builder:
     """Collects a segment's steps; the segment's inputs are the values 0, 1, …"""
 
@@ -36,7 +44,7 @@ class Builder:
         self.module, self.count = module, len(inputs)
         self.values = {node: index for index, node in enumerate(inputs)}
         self.pending: dict[fx.Node, Pending] = {}
-        self.padding: dict[fx.Node, tuple[int, ...]] = {}
+        self.padding: dict[fx.Node, Padding] = {}
         self.beside: dict[fx.Node, Beside] = {}  # concatenated, normed, gated, activated: not yet done
         self.writers: dict[int, Step] = {}
         self.steps: list[Step] = []

@@ -6,9 +6,9 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from octify.graph import shape_of, value_of
+from octify.graph import value_of
 from octify.layers import runs_of
 from octify.ops import take_channels
 from octify.optimize.forms import Centred, low_moments, moments
@@ -66,8 +66,8 @@ def gate_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not all(is_map(argument) for argument in pair):
         return None
     gate, x = sorted(cast("tuple[fx.Node, fx.Node]", pair), key=_numbers)
-    small, shape = (shape_of(value_of(node)) or () for node in (gate, x))
-    if shape != shape_of(value_of(node)) or small[0] not in (1, shape[0]) or small[1] not in (1, shape[1]):
+    small, shape, given = (tuple(cast(Tensor, value_of(found)).shape) for found in (gate, x, node))
+    if shape != given or small[0] not in (1, shape[0]) or small[1] not in (1, shape[1]):
         return None
     # A gate of one channel has all positions: else it would be one number.
     fits = small[2:] == shape[2:] or (small[2:] == (1, 1) and small[1] == shape[1])
@@ -89,7 +89,7 @@ def _is_moments(_: Graph, node: fx.Node) -> bool:
 
 def _moments(builder: Builder, node: fx.Node) -> None:
     """One step for both bands' moments."""
-    bands = tuple(builder.value(band) for band in cast("list[fx.Node]", node.args[0]))
+    bands = [builder.value(band) for band in cast("list[fx.Node]", node.args[0])]
     known = [
         step
         for step in builder.steps

@@ -6,27 +6,30 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from timm.layers.conv2d_same import Conv2dSame
+from torch import fx, nn
 
 from octify.graph import get_module, shape_of, value_of
 from octify.optimize.forms import Affine, Enter, Leave, join
-from octify.optimize.native.builder import Builder, Pending, channels_of
+from octify.optimize.native.builder import Builder, Padding, Pending, channels_of
+from octify.optimize.native.expressions import grid_given, is_size
 from octify.optimize.native.operations import Graph, Operation, is_map, module_of
 from octify.optimize.native.packing import small_group, waste
 from octify.optimize.native.sizes import Convolved, Cropped, SameSize
-from octify.optimize.native.steps import SAME, Beside, Conv
+from octify.optimize.native.steps import SAME, Beside, Conv, Edge
 from octify.optimize.norms import scale_and_shift
 from octify.optimize.passes import act_of
 from octify.resample import average, pool_low
 
 WASTE = 8.0  # products made for one that is needed, up to which a grouped convolution is run here
 PANEL = 16  # as most machines have it
+_EDGES = {"constant": Edge.NOTHING, "replicate": Edge.REPEATED}
 
 
 def is_conv(module: Graph, node: fx.Node) -> bool:
     """Whether a node is a convolution that the kernels can run."""
-    conv = module_of(module, node)
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    conv: Any = module_of(module, node)
+    if type(conv) not in (nn.Conv2d, Conv2dSame) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
         return False
@@ -41,24 +44,32 @@ def borders(module: Graph, node: fx.Node) -> bool:
     if type(found) is Leave:
         source, size = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         high = size if len(node.args) > 2 else cast(fx.Node, size.args[0])
-        return is_conv(module, source) and len(source.users) == 1 and is_map(high)
+        return is_conv(module, source) and len(source.users) == 1 and (is_map(high) or is_size(module, high))
     if type(found) is not Enter or found.route.pool or found.route.pick or (found.route.same and found.route.pads):
         return False
-    zeros = all(mode == "constant" for mode, _ in found.route.pads)
-    return zeros and all(is_conv(module, reader) for reader in node.users)
+    modes = [mode for mode, _ in found.route.pads]
+    if modes == ["replicate"]:
+        return all(is_conv(module, reader) and not _is_grouped(module, reader) for reader in node.users)
+    return all(mode == "constant" for mode in modes) and all(is_conv(module, reader) for reader in node.users)
+
+
+def _is_grouped(module: Graph, node: fx.Node) -> bool:
+    return cast(nn.Conv2d, module_of(module, node)).groups > 1
 
 
 def _pads(builder: Builder, node: fx.Node) -> None:
     """Kept until the convolutions that read it."""
     route = cast(Enter, get_module(builder.module, str(node.target))).route
-    builder.padding[node] = SAME if route.same else route.pads[0][1] if route.pads else (0, 0, 0, 0)
+    mode, pads = route.pads[0] if route.pads else ("constant", (0, 0, 0, 0))
+    builder.padding[node] = Padding(SAME if route.same else pads, _EDGES[mode])
 
 
 def _crops(builder: Builder, node: fx.Node) -> None:
     pending, (high, halved) = builder.pending.pop(cast(fx.Node, node.args[0])), cast(Any, node.args[1:])
     inner, route = cast(Convolved, pending.size), cast(Leave, module_of(builder.module, node)).route
     builder.pending[node] = replace(
-        pending, size=Cropped(inner, builder.value(high), tuple(halved), route.crop, route.low)
+        pending,
+        size=Cropped(inner, grid_given(builder, high, inner.conv.value), tuple(halved), route.crop, route.low),
     )
 
 
@@ -69,19 +80,20 @@ def _border(builder: Builder, node: fx.Node) -> None:
 def _conv(builder: Builder, node: fx.Node) -> None:
     conv, source = cast(nn.Conv2d, module_of(builder.module, node)), cast(fx.Node, node.args[0])
     before = after = cast("tuple[int, int]", conv.padding)
-    pads = builder.padding.get(source, ())
-    if pads:
+    padding = builder.padding.get(source)
+    if padding is not None:
         source = cast(fx.Node, source.args[0])
-    if len(pads) == 4:  # F.pad's order: the last axis first
-        left, right, top, bottom = pads
-        before, after = (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
-    elif pads:
+    if type(conv) is Conv2dSame or (padding and padding.amounts == SAME):
         before = SAME
+    elif padding is not None:  # F.pad's order: the last axis first
+        left, right, top, bottom = padding.amounts
+        before, after = (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
     stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
     kernel, weight = cast("tuple[int, int]", conv.kernel_size), conv.weight.detach()
     beside = builder.beside[source] if is_read_in_parts(builder, source) else None
     value = builder.value(source) if beside is None else beside.parts[0][0]
     made = Conv(value, kernel, stride, before, dilation, conv.groups, weight, beside)
+    made.edge = padding.edge if padding else Edge.NOTHING
     bias = None if conv.bias is None else conv.bias.detach()
     builder.pending[node] = Pending(SameSize(made) if before == SAME else Convolved(made, after), bias, made)
 
@@ -141,7 +153,7 @@ def _is_norm(module: Graph, node: fx.Node) -> bool:
 def _norm(builder: Builder, node: fx.Node) -> None:
     source, found = cast(fx.Node, node.args[0]), cast(nn.Module, module_of(builder.module, node))
     rows = (found.scale, found.shift) if isinstance(found, Affine) else scale_and_shift(found)
-    scale, shift = (cast(Tensor, row).float() for row in rows)
+    scale, shift = (row.float() for row in rows)
     given = builder.beside.get(source)
     alone = given is not None and given.plain and len(source.users) == 1
     parts = builder.beside.pop(source).parts if alone else ((builder.value(source), len(scale)),)

@@ -68,7 +68,7 @@ def _holds(module: fx.GraphModule, node: fx.Node) -> Operation | None:
     if not is_map(node):
         return None
     reads = cast("list[fx.Node]", node.args[:1]) if borders(module, node) else node.all_input_nodes
-    if not all(isinstance(x, fx.Node) and (is_map(x) or is_size(module, x)) for x in reads):
+    if not all(is_map(x) or is_size(module, x) for x in reads):
         return None
     return operation_of(module, node)
 

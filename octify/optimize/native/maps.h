@@ -33,9 +33,10 @@ struct Conv {
   const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels
   int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many a group has; AVERAGE: of how many, or 0
   int64_t kernel[2], stride[2], before[2], dilation[2];  // before: SAME pads as TensorFlow does
+  int64_t edge;  // what lies beyond the borders: nothing, the edge again, or that only where windows do not fit
 };
 
-constexpr int64_t SAME = -1;
+constexpr int64_t SAME = -1, REPEATED = 1, REPEATED_UNLESS_FITTING = 2;
 
 struct Step {
   int64_t kind, out, pooled, convs, plains, up;  // pooled and up: a map or -1
@@ -239,13 +240,17 @@ static Out out_of(const Step& step, const Map* maps, int64_t from, int64_t count
   return to;
 }
 
-// A convolution whose padding is known, as its input's size tells it.
+// A convolution whose padding is known, as its input's size tells it. (Windows fit as PyTorch's own padding has it.)
 static Conv settled(Conv conv, const Map* maps, const Map& out) {
   const Map& x = maps[conv.input.map];
   const int64_t sizes[2][2] = {{x.h, out.h}, {x.w, out.w}};
+  bool fits = true;
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t reach = (sizes[axis][1] - 1) * conv.stride[axis] + conv.dilation[axis] * (conv.kernel[axis] - 1) + 1;
     if (conv.before[axis] == SAME) conv.before[axis] = std::max<int64_t>(0, reach - sizes[axis][0]) / 2;
+    const int64_t room = sizes[axis][0] + 2 * conv.before[axis] - conv.kernel[axis];
+    if (room / conv.stride[axis] + 1 != sizes[axis][1] || 2 * conv.before[axis] > conv.kernel[axis]) fits = false;
   }
+  if (conv.edge == REPEATED_UNLESS_FITTING) conv.edge = fits ? 0 : REPEATED;
   return conv;
 }

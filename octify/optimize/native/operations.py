@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from octify.graph import get_module, shape_of, value_of
 from octify.optimize.native.builder import Builder
@@ -23,12 +24,12 @@ class Operation:
     add: Callable[[Builder, fx.Node], None]
 
 
-def module_of(module: Graph, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls."""
+def module_of(module: Graph, node: fx.Node) -> Any:
+    """The module that a node calls, None of another kind of node."""
     return get_module(module, str(node.target)) if node.op == "call_module" else None
 
 
-def is_map(node: object) -> bool:
+def is_map(node: object) -> TypeGuard[fx.Node]:
     """Whether a node is a float32 map (N, C, H, W) with channels."""
     value = value_of(node) if isinstance(node, fx.Node) else None
     if not isinstance(value, Tensor) or value.dtype != torch.float32:

@@ -14,10 +14,11 @@ from octify.ops import global_mean
 from octify.optimize.forms import LowPool
 from octify.optimize.native.builder import ONE_TAP, Builder, channels_of, reading, size_of
 from octify.optimize.native.convs import is_read_in_parts
-from octify.optimize.native.expressions import expression, is_size
+from octify.optimize.native.expressions import expression, grid_given, is_size
 from octify.optimize.native.operations import Graph, Operation, grid_of, module_of
 from octify.optimize.native.sizes import Chosen, Convolved, Given, Halved, Like, OnGrid, Vector
-from octify.optimize.native.steps import Beside, Conv, Kind, Step
+from octify.optimize.native.steps import Beside, Conv, Edge, Kind, Step
+from octify.pooling import OctPool
 from octify.resample import average, pool_low, up_to
 
 GRID = ((2, 3), (-2, -1), (3, 2), (-1, -2))  # how the axes of a map are written
@@ -43,14 +44,15 @@ def _is_window(module: Graph, node: fx.Node) -> bool:
     if type(found) is nn.AvgPool2d:
         pads = found.count_include_pad and found.padding not in (0, (0, 0))
         return found.divisor_override is None and not (found.ceil_mode and pads)
-    return type(found) is LowPool and (found.halves or found.takes_greatest)
+    return type(found) is LowPool and len(found.pool.low_kernel) == 2 and found.pool.window.divisor is None
 
 
 def _window(builder: Builder, node: fx.Node) -> None:
     found: Any = module_of(builder.module, node)
     value = builder.value(cast(fx.Node, node.args[0]))
     if isinstance(found, LowPool):
-        builder.values[node] = _low_window(builder, value, builder.value(cast(fx.Node, node.args[1])), found)
+        pooled = grid_given(builder, cast(fx.Node, node.args[1]), value)
+        builder.values[node] = _low_window(builder, value, OnGrid(value, Halved(pooled)), found.pool, found.halves)
         return
     geometry = [as_tuple(given, 2) for given in (found.kernel_size, found.stride, found.padding)]
     kernel, stride, before = cast("list[tuple[int, int]]", geometry)
@@ -67,15 +69,20 @@ def _window(builder: Builder, node: fx.Node) -> None:
     builder.values[node] = builder.emit(step)
 
 
-def _low_window(builder: Builder, value: int, pooled: int, found: LowPool) -> int:
-    size, pool = OnGrid(value, Halved(Like(pooled))), found.pool
-    if found.halves:
+def _low_window(builder: Builder, value: int, size: OnGrid, pool: OctPool, halves: bool) -> int:
+    """Beyond the borders the edge is repeated, which the greatest value does not depend on."""
+    if halves:
         return builder.halve(value, size)
     kernel, stride, before = cast("tuple[Any, Any, Any]", (pool.low_kernel, pool.low_stride, pool.left))
-    return builder.emit(Step(Kind.GREATEST, builder.new(), size, [Conv(value, kernel, stride, before, (1, 1))]))
+    window = Conv(value, kernel, stride, before, (1, 1))
+    if pool.window.kind == "average":
+        window.area = kernel[0] * kernel[1] if pool.window.count_include_pad else 0
+        window.edge = Edge.REPEATED_UNLESS_FITTING
+    kind = Kind.GREATEST if pool.window.kind == "max" else Kind.AVERAGE
+    return builder.emit(Step(kind, builder.new(), size, [window]))
 
 
-def _is_mean(module: Graph, node: fx.Node) -> bool:
+def is_mean(module: Graph, node: fx.Node) -> bool:
     """The mean over a map's positions, (N, C, 1, 1)."""
     if not node.args or grid_of(node) != (1, 1):
         return False
@@ -97,7 +104,7 @@ def _mean_of(builder: Builder, value: int, high: int | None = None) -> int:
     return builder.emit(Step(Kind.MEAN, builder.new(), Vector(value), [Conv(value, *ONE_TAP)], up=high))
 
 
-def _is_mean_of_bands(_: Graph, node: fx.Node) -> bool:
+def is_mean_of_bands(_: Graph, node: fx.Node) -> bool:
     """The mean over both bands' positions, (N, C, 1, 1)."""
     return node.target is global_mean and grid_of(node) == (1, 1) and (node.args[3], node.args[4]) == (1, (2, 3))
 
@@ -126,7 +133,7 @@ def _resize(builder: Builder, node: fx.Node) -> None:
 OPERATIONS = (
     Operation("average by halves", _is_average, _average),
     Operation("window", _is_window, _window),
-    Operation("mean", _is_mean, _mean),
-    Operation("mean of both bands", _is_mean_of_bands, _mean_of_bands),
+    Operation("mean", is_mean, _mean),
+    Operation("mean of both bands", is_mean_of_bands, _mean_of_bands),
     Operation("resizing", _is_resize, _resize),
 )

@@ -116,7 +116,7 @@ class Cropped:
     """What a convolution gives, cut along some dims to the size that the source's geometry has for its high map."""
 
     inner: Convolved
-    high: int
+    high: Callable[[Sizes], Shape]
     halved: tuple[Any, ...]  # the source's axes, which are halved on the low grid
     crop: tuple[int, ...]
     low: tuple[bool, ...]
@@ -125,7 +125,7 @@ class Cropped:
         """The shape."""
         shape = list(self.inner(sizes))
         for dim in self.crop:
-            full = self.halved[dim].out_size(sizes[self.high][dim])
+            full = self.halved[dim].out_size(self.high(sizes)[dim])
             shape[dim] = (full + 1) // 2 if self.low[dim] else full
         return cast(Shape, tuple(shape))
 

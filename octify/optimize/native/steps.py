@@ -36,6 +36,14 @@ class Kind(IntEnum):
     VIEW = 10
 
 
+class Edge(IntEnum):
+    """What lies beyond a map's borders: nothing, its edge again, or that only where windows do not fit."""
+
+    NOTHING = 0
+    REPEATED = 1
+    REPEATED_UNLESS_FITTING = 2
+
+
 @dataclass(frozen=True)
 class Beside:
     """Values side by side, each with its channels, through a norm (per channel) if there is one, and an activation.
@@ -78,6 +86,7 @@ class Conv:
     groups: int = 1
     weight: Tensor | None = None
     beside: Beside | None = None
+    edge: Edge = Edge.NOTHING
     area: int = 0  # of a window that is averaged: over how many, or 0 for as many as lie within the borders
 
     @property

@@ -69,6 +69,7 @@ class CConv(ctypes.Structure):
         ("first", ctypes.c_void_p),
         ("span", ctypes.c_int64),
         *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "before", "dilation")),
+        ("edge", ctypes.c_int64),
     ]
 
 
@@ -119,6 +120,7 @@ def structure(step: Step, wide: int) -> Made:
     for conv, row in zip(step.convs, made.conv, strict=False):
         pair = ctypes.c_int64 * 2
         row.input.map, row.input.gate, row.input.moments, row.span = conv.value, -1, -1, conv.area
+        row.edge = conv.edge
         if conv.beside is not None:
             _place_beside(row.input, conv.beside, place)
         row.kernel, row.stride = pair(*conv.kernel), pair(*conv.stride)

@@ -66,9 +66,27 @@ struct Runs<VECTORS, std::integer_sequence<int, NUMBER...>> {
 static const Runs<1, std::make_integer_sequence<int, NARROW>> NARROWS;
 static const Runs<2, std::make_integer_sequence<int, MOST>> WIDES;
 
+// Per tap, where each of some output pixels finds its input where beyond the borders the edge is repeated.
+static void find_clamped(const Conv& conv, const Map& x, const Map& out, int64_t from, int64_t count, int64_t pitch,
+                         const float** rows) {
+  each_row(out, from, count, [&](int64_t i, int64_t n, int64_t oh, int64_t column, int64_t columns) {
+    const float** to = rows + i;
+    for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
+      const int64_t h = oh * conv.stride[0] + kh * conv.dilation[0] - conv.before[0];
+      const float* line = x.data + (n * x.h + std::clamp<int64_t>(h, 0, x.h - 1)) * x.w * x.pitch;
+      for (int64_t kw = 0; kw < conv.kernel[1]; ++kw, to += pitch)
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t w = (column + j) * conv.stride[1] + kw * conv.dilation[1] - conv.before[1];
+          to[j] = line + std::clamp<int64_t>(w, 0, x.w - 1) * x.pitch;
+        }
+    }
+  });
+}
+
 // Per tap, where each of some output pixels (counted through all images) finds its input; zeros beyond the borders.
 static void find_rows(const Conv& conv, const Map& x, const Map& out, int64_t from, int64_t count, int64_t pitch,
                       const float* zeros, const float** rows) {
+  if (conv.edge) return find_clamped(conv, x, out, from, count, pitch, rows);
   const int64_t step = conv.stride[1] * x.pitch;
   each_row(out, from, count, [&](int64_t i, int64_t n, int64_t oh, int64_t column, int64_t columns) {
     const float** to = rows + i;
@@ -94,7 +112,7 @@ constexpr int64_t FEW = 4;  // channels of a map whose neighbours along a row ar
 // A convolution of few channels (of an image) as one of a kernel one wide: along a row of a map with zeros at its ends,
 // what a kernel's row reads is one run of numbers, and so is its weight.
 static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>& room) {
-  if (x.c > FEW || conv.span != x.c || conv.kernel[1] == 1 || conv.dilation[1] != 1) return;
+  if (x.c > FEW || conv.edge || conv.span != x.c || conv.kernel[1] == 1 || conv.dilation[1] != 1) return;
   const int64_t reach = (out.w - 1) * conv.stride[1] + conv.kernel[1], left = conv.before[1];
   const int64_t wide = std::max(reach, left + x.w);
   room.assign(x.n * x.h * wide * x.c, 0.f);
