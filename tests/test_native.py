@@ -25,7 +25,7 @@ from octify.graph import meta_copy, record_values
 from octify.optimize import build, flatten, optimize
 from octify.optimize.forms import ACTS, join
 from octify.optimize.native import Program, load_library, lower_native, program, why_not
-from octify.optimize.native.packing import pack_weight, spans
+from octify.optimize.native.packing import Kernel, cut, pack_weight, panels_of
 from octify.resample import pool_low
 from tests.test_optimize import ready
 
@@ -208,7 +208,8 @@ def test_max_pooling_norms_and_concatenation(
 
 
 @pytest.mark.parametrize(
-    "groups,take,give", [(32, 4, 4), (3, 5, 10), (8, 2, 2), (2, 9, 21), (16, 8, 8), (1, 7, 48), (1, 9, 40)]
+    "groups,take,give",
+    [(32, 4, 4), (3, 5, 10), (8, 2, 2), (2, 9, 21), (2, 12, 24), (3, 7, 20), (16, 8, 8), (1, 7, 48), (1, 9, 40)],
 )
 def test_panels_of_half_the_width(groups: int, take: int, give: int) -> None:
     """For small groups, whose panels would read what they do not need, and for the last channels of any layer."""
@@ -248,21 +249,36 @@ def test_what_is_not_a_number_stays_so() -> None:
             assert module(x, torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 2))[0].isnan().all(), act
 
 
-def test_panels_hold_every_weight_of_every_group_once() -> None:
-    for inputs, outputs, groups in ((12, 20, 1), (24, 36, 6), (40, 40, 10), (6, 90, 3)):
-        weight = torch.randn(outputs, inputs // groups, 3, 2)
-        packed, first = pack_weight(weight, groups, 16)
-        whole = torch.zeros(outputs, inputs, 6)
-        for group in range(groups):
-            rows, columns = outputs // groups, inputs // groups
-            part = slice(group * rows, (group + 1) * rows)
-            whole[part, group * columns : (group + 1) * columns] = weight[part].flatten(2)
-        starts, span = spans((inputs, outputs), groups, 16)
-        assert starts == first.tolist()
-        again = torch.zeros(len(starts) * 16, inputs, 6)
-        for panel, start in enumerate(starts):
-            again[panel * 16 : panel * 16 + 16, start : start + span] = packed[panel].permute(2, 1, 0)
-        assert torch.equal(again[:outputs], whole) and not again[outputs:].any()
+@pytest.mark.parametrize("shape", [(12, 20, 1), (24, 36, 6), (40, 40, 10), (6, 90, 3), (48, 48, 2), (60, 40, 2)])
+def test_panels_hold_every_weight_of_every_group_once(shape: tuple[int, int, int]) -> None:
+    inputs, outputs, groups = shape
+    weight = torch.randn(outputs, inputs // groups, 3, 2)
+    whole = torch.zeros(outputs, inputs, 6)
+    for group in range(groups):
+        rows, columns = outputs // groups, inputs // groups
+        part = slice(group * rows, (group + 1) * rows)
+        whole[part, group * columns : (group + 1) * columns] = weight[part].flatten(2)
+    kernel = Kernel.of(weight.shape, groups)
+    for panels in (panels_of([kernel], 16), cut(outputs, groups, 16), cut(outputs, 1, 16)):
+        packed, starts = pack_weight(weight, groups, panels)
+        assert [channel for panel in panels for channel in range(panel.first, panel.first + panel.outputs)] == [
+            *range(outputs)
+        ]
+        again = torch.zeros(outputs, inputs, 6)
+        for panel, rows, start in zip(panels, packed, starts, strict=True):
+            assert rows.shape[2] == panel.width in (8, 16) and panel.outputs <= panel.width
+            assert not rows[..., panel.outputs :].any()
+            place = slice(panel.first, panel.first + panel.outputs)
+            again[place, start : start + rows.shape[1]] = rows[..., : panel.outputs].permute(2, 1, 0)
+        assert torch.equal(again, whole)
+
+
+def test_panels_are_cut_where_that_saves_products() -> None:
+    """24 channels a group as one wide and one narrow panel; groups too small for panels of their own side by side."""
+    widths = [panel.width for panel in panels_of([Kernel(48, 24, 9, 2)], 16)]
+    assert widths == [16, 8, 16, 8]
+    assert {panel.width for panel in panels_of([Kernel(64, 32, 9, 2)], 16)} == {16}
+    assert {panel.outputs for panel in panels_of([Kernel(48, 3, 9, 16)], 16)} == {8}
 
 
 def octave() -> nn.Module:

@@ -14,7 +14,7 @@ from octify.optimize.forms import Affine, Enter, Leave, join
 from octify.optimize.native.builder import Builder, Padding, Pending, channels_of
 from octify.optimize.native.expressions import grid_given, is_size
 from octify.optimize.native.operations import Graph, Operation, is_map, module_of
-from octify.optimize.native.packing import small_group, waste
+from octify.optimize.native.packing import Kernel, small_group, waste
 from octify.optimize.native.sizes import Convolved, Cropped, SameSize
 from octify.optimize.native.steps import SAME, Beside, Conv, Edge
 from octify.optimize.norms import scale_and_shift
@@ -35,7 +35,7 @@ def is_conv(module: Graph, node: fx.Node) -> bool:
         return False
     if conv.groups == 1 or small_group(conv.weight.shape, conv.groups):
         return True
-    return waste((conv.in_channels, conv.out_channels), conv.groups, PANEL) <= WASTE
+    return waste(Kernel.of(conv.weight.shape, conv.groups), PANEL) <= WASTE
 
 
 def borders(module: Graph, node: fx.Node) -> bool:

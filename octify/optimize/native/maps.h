@@ -38,13 +38,19 @@ struct Conv {
 
 constexpr int64_t SAME = -1, REPEATED = 1, REPEATED_UNLESS_FITTING = 2;
 
+// Output channels that are computed at once, `width` at most (WIDE or LANES); where their weights begin, in rows' numbers.
+struct Panel {
+  int64_t first, outputs, width, begin;
+};
+
 struct Step {
   int64_t kind, out, pooled, convs, plains, up;  // pooled and up: a map or -1
   Act act;
-  int64_t wide;        // SUM: output channels in a panel, WIDE or LANES
+  int64_t panels;      // SUM
+  const Panel* panel;
   int64_t plain[4];
-  const float* weights;  // SUM: [panel][convolution][tap][channel][wide], a narrow last panel [LANES]
-  const float* bias;     // padded to a multiple of WIDE
+  const float* weights;  // SUM: [panel][convolution][tap][channel][width]
+  const float* bias;     // padded by WIDE and to a multiple of it
   Conv conv[4];
 };
 
@@ -57,7 +63,7 @@ struct Out {
   const float* up;
   const int64_t* low;  // per pixel, its place in `up`
   float* out;
-  int64_t channels;
+  int64_t channels, end;  // end: of the channels that may be written
   Act act;
 };
 
@@ -155,7 +161,7 @@ ALWAYS_INLINE void finish_by(vec (&sum)[PIXELS][VECTORS], const Out& to, int64_t
 // Writes sums of `count` pixels from `pixel` on; of the vectors from `channel` on, only what the map has.
 template <int PIXELS, int VECTORS>
 ALWAYS_INLINE void finish(vec (&sum)[PIXELS][VECTORS], const Out& to, int64_t pixel, int64_t channel, int count) {
-  const int64_t valid = to.channels - channel;
+  const int64_t valid = to.end - channel;
   if (valid >= VECTORS * LANES)
     return finish_by(sum, to, pixel, channel, count, [](const float* p, int) { return load(p); },
                      [](float* p, vec v, int) { store(p, v); });
@@ -228,7 +234,7 @@ static void find_cells(const Map& out, const Map& up, int64_t from, int64_t coun
 static Out out_of(const Step& step, const Map* maps, int64_t from, int64_t count, std::vector<int64_t>& low) {
   const Map& out = maps[step.out];
   const int64_t start = from * out.c;
-  Out to{step.bias, {}, step.plains, {}, nullptr, nullptr, out.data + start, out.c, step.act};
+  Out to{step.bias, {}, step.plains, {}, nullptr, nullptr, out.data + start, out.c, out.c, step.act};
   for (int64_t i = 0; i < step.plains; ++i) {
     const Map& plain = maps[step.plain[i]];
     to.plain[i] = plain.data + from * plain.pitch, to.pitches[i] = plain.pitch;

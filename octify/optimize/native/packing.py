@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 SMALL_GROUPS = (1, 2, 4)  # channels in the groups that a vector holds whole, and that pay
+NARROW = 1.3  # what a product costs in a panel of one vector, against one of two
+FINISH = 32  # as many products as it costs to finish a sum
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Output channels that are computed at once, from the first on; `width` is how many fit in."""
+
+    first: int
+    outputs: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A convolution's channels, as a weight (O, I / groups, h, w) has them."""
+
+    outputs: int
+    take: int
+    taps: int
+    groups: int
+
+    @classmethod
+    def of(cls, weight: Sequence[int], groups: int) -> Kernel:
+        """From a weight's shape."""
+        return cls(weight[0], weight[1], math.prod(weight[2:]), groups)
+
+    def reads(self, panels: Iterable[Panel]) -> tuple[list[int], int]:
+        """The first input channel that each panel reads, and how many it reads."""
+        give = self.outputs // self.groups
+        edges = [
+            (panel.first // give * self.take, ((panel.first + panel.outputs - 1) // give + 1) * self.take)
+            for panel in panels
+        ]
+        span = max(last - first for first, last in edges)
+        return [min(first, self.take * self.groups - span) for first, _ in edges], span
+
+
+def cut(outputs: int, groups: int, wide: int) -> list[Panel]:
+    """Panels that no border between groups runs through; of a group's last channels a narrow one if they fit."""
+    give = outputs // groups
+    starts = [(group, first) for group in range(groups) for first in range(0, give, wide)]
+    counts = [min(wide, give - first) for _, first in starts]
+    return [
+        Panel(group * give + first, count, wide // 2 if count <= wide // 2 else wide)
+        for (group, first), count in zip(starts, counts, strict=True)
+    ]
+
+
+def panels_of(kernels: Sequence[Kernel], wide: int) -> list[Panel]:
+    """The panels that cost least: of two vectors or one, across groups or within them."""
+    outputs = kernels[0].outputs
+    ways = [cut(outputs, groups, wide) for groups in sorted({1, *(kernel.groups for kernel in kernels)})]
+    ways.append([Panel(first, min(wide // 2, outputs - first), wide // 2) for first in range(0, outputs, wide // 2)])
+
+    def cost(panels: Sequence[Panel]) -> float:
+        products = sum(_products(kernel, panels, wide) for kernel in kernels)
+        return products + FINISH * sum(panel.width for panel in panels)
+
+    return min(ways, key=cost)
+
+
+def _products(kernel: Kernel, panels: Sequence[Panel], wide: int) -> float:
+    """How many a pixel has, at a wide panel's speed."""
+    _, span = kernel.reads(panels)
+    return kernel.taps * span * sum(panel.width * (1 if panel.width == wide else NARROW) for panel in panels)
+
+
+def waste(kernel: Kernel, wide: int) -> float:
+    """How many products a grouped convolution makes for one that it needs."""
+    return _products(kernel, panels_of([kernel], wide), wide) / (kernel.taps * kernel.take * kernel.outputs)
 
 
 def small_group(weight: Sequence[int], groups: int) -> int:
@@ -17,46 +90,22 @@ def small_group(weight: Sequence[int], groups: int) -> int:
     return take if groups > 1 and take * groups == outputs and take in SMALL_GROUPS else 0
 
 
-def padded(rows: Tensor, wide: int) -> Tensor:
-    """Rows of channels up to whole panels."""
-    return F.pad(rows.detach().float(), (0, -rows.shape[-1] % wide)).contiguous()
+def padded(rows: Tensor, wide: int, more: int = 0) -> Tensor:
+    """Rows of channels up to whole panels, and so many more."""
+    return F.pad(rows.detach().float(), (0, -rows.shape[-1] % wide + more)).contiguous()
 
 
-def spans(channels: tuple[int, int], groups: int, wide: int) -> tuple[list[int], int]:
-    """The first input channel that each panel of outputs reads, and how many it reads."""
-    inputs, outputs = channels
-    give, take = outputs // groups, inputs // groups
-    starts = range(0, outputs, wide)
-    edges = [(start // give * take, ((min(start + wide, outputs) - 1) // give + 1) * take) for start in starts]
-    span = max(last - first for first, last in edges)
-    return [min(first, inputs - span) for first, _ in edges], span
-
-
-def waste(channels: tuple[int, int], groups: int, wide: int) -> float:
-    """How many products a grouped convolution makes for one that it needs."""
-    panels, span = spans(channels, groups, wide)
-    return len(panels) * wide * span * groups / (channels[0] * channels[1])
-
-
-def narrowed(packed: Tensor, outputs: int) -> Tensor:
-    """The panels one behind the other; the last one half as wide if its outputs fit into that."""
-    half = packed.shape[-1] // 2
-    if len(packed) * 2 * half - outputs < half:
-        return packed.flatten()
-    return torch.cat([packed[:-1].flatten(), packed[-1, ..., :half].flatten()])
-
-
-def pack_weight(weight: Tensor, groups: int, wide: int) -> tuple[Tensor, Tensor]:
-    """(panels, taps, span, wide), zero where a group does not reach, and the first channel of each panel."""
-    outputs, take = weight.shape[0], weight.shape[1]
-    first, span = spans((take * groups, outputs), groups, wide)
+def pack_weight(weight: Tensor, groups: int, panels: Sequence[Panel]) -> tuple[list[Tensor], list[int]]:
+    """Each panel's weights (taps, span, width), zero where a group does not reach, and its first channel."""
+    kernel = Kernel.of(weight.shape, groups)
+    starts, span = kernel.reads(panels)
     flat = weight.detach().float().flatten(2).permute(2, 1, 0)  # taps, inputs of a group, outputs
-    packed = torch.zeros(len(first), flat.shape[0], span, wide)
-    for panel, start in enumerate(first):
-        low, high = panel * wide, min((panel + 1) * wide, outputs)
-        for group in range(low * groups // outputs, (high - 1) * groups // outputs + 1):
-            give = outputs // groups
-            begin, end = max(low, group * give), min(high, (group + 1) * give)
-            at = group * take - start
-            packed[panel, :, at : at + take, begin - low : end - low] = flat[:, :, begin:end]
-    return packed, torch.tensor(first, dtype=torch.int64)
+    give, packed = kernel.outputs // groups, list[Tensor]()
+    for panel, start in zip(panels, starts, strict=True):
+        rows, last = torch.zeros(kernel.taps, span, panel.width), panel.first + panel.outputs
+        for group in range(panel.first // give, (last - 1) // give + 1):
+            begin, end = max(panel.first, group * give), min(last, (group + 1) * give)
+            at = group * kernel.take - start
+            rows[:, at : at + kernel.take, begin - panel.first : end - panel.first] = flat[:, :, begin:end]
+        packed.append(rows)
+    return packed, starts

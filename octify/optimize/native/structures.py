@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from octify.optimize.native.packing import narrowed, pack_weight, padded, spans
-from octify.optimize.native.steps import AT_ONCE, Beside, Conv, Kind, Step
+from octify.optimize.native.packing import Kernel, pack_weight, padded, panels_of
+from octify.optimize.native.steps import AT_ONCE, Beside, Kind, Step
 
 # In the order of the kernels' own list; of some the numbers follow.
 ACTS = (
@@ -79,7 +78,8 @@ class CStep(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("kind", "out", "pooled", "convs", "plains", "up")),
         ("act", CAct),
-        ("wide", ctypes.c_int64),
+        ("panels", ctypes.c_int64),
+        ("panel", ctypes.c_void_p),
         ("plain", ctypes.c_int64 * AT_ONCE),
         ("weights", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
@@ -104,7 +104,9 @@ def structure(step: Step, wide: int) -> Made:
         kept.append(tensor)
         return tensor.data_ptr()
 
-    panel, packed = panel_of(step, wide), list[Tensor]()
+    kernels = [(conv, conv.weight) for conv in step.convs if conv.weight is not None and step.kind == Kind.SUM]
+    panels = panels_of([Kernel.of(weight.shape, conv.groups) for conv, weight in kernels], wide) if kernels else []
+    packed = [pack_weight(weight, conv.groups, panels) for conv, weight in kernels]
     made = CStep(
         kind=step.kind,
         out=step.out,
@@ -113,9 +115,9 @@ def structure(step: Step, wide: int) -> Made:
         convs=len(step.convs),
         plains=len(step.plains),
         up=-1 if step.up is None else step.up,
-        wide=panel,
+        panels=len(panels),
         plain=(ctypes.c_int64 * AT_ONCE)(*step.plains),
-        bias=None if step.bias is None else place(padded(step.bias, wide)),
+        bias=None if step.bias is None else place(padded(step.bias, wide, wide)),
     )
     for conv, row in zip(step.convs, made.conv, strict=False):
         pair = ctypes.c_int64 * 2
@@ -130,15 +132,18 @@ def structure(step: Step, wide: int) -> Made:
         if step.kind == Kind.GROUPED:
             row.weight, row.span = place(padded(conv.weight.permute(2, 3, 1, 0), wide)), conv.small_group
             continue
-        rows, first = pack_weight(conv.weight, conv.groups, panel)
-        row.first, row.span = place(first), rows.shape[2]
-        packed.append(rows.flatten(1, 2))
+        _, row.span = Kernel.of(conv.weight.shape, conv.groups).reads(panels)
+    for row, (_, starts) in zip(made.conv, packed, strict=False):
+        row.first = place(torch.tensor(starts, dtype=torch.int64))
     if step.kind == Kind.TAKE:
         made.conv[0].first = place(torch.tensor(step.order, dtype=torch.int64))
     if not packed:
         return Made(made, kept, None)
-    together, outputs = torch.cat(packed, 1), len(cast(Tensor, step.convs[0].weight))
-    return Made(made, kept, narrowed(together, outputs) if panel == wide else together)
+    begins = itertools.accumulate((panel.width for panel in panels), initial=0)
+    cuts = [[panel.first, panel.outputs, panel.width, begin] for panel, begin in zip(panels, begins, strict=False)]
+    made.panel = place(torch.tensor(cuts, dtype=torch.int64))
+    blocks = [rows[index].flatten() for index in range(len(panels)) for rows, _ in packed]
+    return Made(made, kept, torch.cat(blocks))
 
 
 def _place_beside(row: CInput, beside: Beside, place: Callable[[Tensor], int]) -> None:
@@ -147,18 +152,3 @@ def _place_beside(row: CInput, beside: Beside, place: Callable[[Tensor], int]) -
     row.gate, row.moments = (-1 if value is None else value for value in (beside.gate, beside.moments))
     if beside.scale is not None and beside.shift is not None:
         row.scale, row.shift = (place(values.detach().float().contiguous()) for values in (beside.scale, beside.shift))
-
-
-def panel_of(step: Step, wide: int) -> int:
-    """How many outputs a panel of a step has: half as many where that saves products, as with small groups."""
-    convs = [conv for conv in step.convs if conv.weight is not None]
-    narrow, full = (sum(_products(conv, each) for conv in convs) for each in (wide // 2, wide))
-    return wide // 2 if narrow < 0.75 * full else wide
-
-
-def _products(conv: Conv, wide: int) -> int:
-    """For each output pixel."""
-    outputs, take, *kernel = cast(Tensor, conv.weight).shape
-    starts, span = spans((take * conv.groups, outputs), conv.groups, wide)
-    narrow = wide // 2 if 0 < outputs % wide <= wide // 2 else 0  # the last panel's other half is not computed
-    return math.prod(kernel) * span * (len(starts) * wide - narrow)

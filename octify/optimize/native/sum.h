@@ -125,7 +125,7 @@ static void join_columns(Conv& conv, Map& x, const Map& out, std::vector<float>&
 }
 
 // Weights come from far: while one panel is used, the next is fetched, at the end that of the step that follows.
-struct Panel {
+struct Ahead {
   const float* weights;
   int64_t bytes;
 };
@@ -138,13 +138,21 @@ static int64_t rows_of_panel(const Step& step) {
 }
 
 // The first panel of the first step from `step` on that has weights in panels.
-static Panel first_panel(const Step* step, const Step* end) {
+static Ahead first_panel(const Step* step, const Step* end) {
   while (step < end && (step->kind != SUM || !step->convs)) ++step;
   if (step == end) return {nullptr, 0};
-  return {step->weights, 4 * rows_of_panel(*step) * step->wide};
+  return {step->weights, 4 * rows_of_panel(*step) * step->panel->width};
 }
 
-static void run_sum(const Step& step, Panel following, const Map* maps, const float* zeros, int threads) {
+// Sums without products: pixel by pixel, so that no memory is passed over in strips.
+static void run_plain(const Tile& tile, int64_t count) {
+  for (int64_t pixel = 0; pixel < count; pixel += MOST) {
+    const int64_t here = std::min<int64_t>(MOST, count - pixel);
+    for (int64_t c = 0; c < tile.to.channels; c += WIDE) WIDES.of[here - 1](tile, pixel, c);
+  }
+}
+
+static void run_sum(const Step& step, Ahead following, const Map* maps, const float* zeros, int threads) {
   const Map& out = maps[step.out];
   static thread_local std::vector<float> rooms[4];
   Conv convs[4];
@@ -153,7 +161,7 @@ static void run_sum(const Step& step, Panel following, const Map* maps, const fl
     convs[i] = settled(step.conv[i], maps, out), inputs[i] = map_of(convs[i].input, maps);
     if (inputs[i].data) join_columns(convs[i], inputs[i], out, rooms[i]);
   }
-  const int64_t image = out.h * out.w, pixels = out.n * image, panels = (out.c + step.wide - 1) / step.wide;
+  const int64_t image = out.h * out.w, pixels = out.n * image, panels = std::max<int64_t>(1, step.panels);
   int64_t bytes = 4 * out.c, rows = 0;
   const int64_t total = rows_of_panel(step);
   for (int64_t i = 0; i < step.convs; ++i) {
@@ -196,23 +204,26 @@ static void run_sum(const Step& step, Panel following, const Map* maps, const fl
       }
       used += sources[i].taps * count;
     }
-    const Tile tile{sources, step.convs, count, out_of(step, maps, from, count, low)};
-    for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-      const auto width_of = [&](int64_t panel) { return out.c - panel * step.wide <= LANES ? LANES : step.wide; };
-      const int64_t width = width_of(panel), most = width == LANES ? NARROW : MOST, tiles = (count + most - 1) / most;
-      const Run* runs = width == LANES ? NARROWS.of : WIDES.of;
-      const float* weights = step.weights + panel * total * step.wide;
-      Panel next{weights + total * width, 0};
-      if (panel + 1 < panels) next.bytes = 4 * total * width_of(panel + 1);
+    Tile tile{sources, step.convs, count, out_of(step, maps, from, count, low)};
+    if (!step.panels) run_plain(tile, count);
+    for (int64_t index = panels * part / parts; step.panels && index < panels * (part + 1) / parts; ++index) {
+      const Panel& panel = step.panel[index];
+      const bool narrow = panel.width == LANES;
+      const int64_t most = narrow ? NARROW : MOST, tiles = (count + most - 1) / most;
+      const Run* runs = narrow ? NARROWS.of : WIDES.of;
+      const float* weights = step.weights + panel.begin * total;
+      Ahead next{weights + total * panel.width, 0};
+      if (index + 1 < panels) next.bytes = 4 * total * step.panel[index + 1].width;
       else if (which == blocks - 1) next = following;
       const int64_t share = std::min<int64_t>(64, (next.bytes + total * tiles - 1) / std::max<int64_t>(1, total * tiles));
+      tile.to.end = panel.first + panel.outputs;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = count * i / tiles, last = count * (i + 1) / tiles;
         for (int64_t j = 0, row = 0; j < step.convs; row += sources[j].taps * sources[j].span, ++j) {
-          sources[j].weight = weights + row * width, sources[j].first = convs[j].first[panel];
+          sources[j].weight = weights + row * panel.width, sources[j].first = convs[j].first[index];
           sources[j].ahead = (const char*)next.weights + (i * total + row) * share, sources[j].share = share;
         }
-        runs[last - first - 1](tile, first, panel * step.wide);
+        runs[last - first - 1](tile, first, panel.first);
       }
     }
     if (step.pooled >= 0 && parts == 1) {
