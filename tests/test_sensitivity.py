@@ -21,7 +21,7 @@ from octify.calibrate.sensitivity import measure_curves
 from octify.calibrate.walk import walk_dense
 from octify.convert import choose_recipe, read_flows
 from octify.errors import CalibrationError, CalibrationWarning
-from octify.plan import Flows
+from octify.flows import Flows
 from tests.test_calibrate import SIZE, Residual, pictures
 
 

@@ -15,11 +15,12 @@ import octify.optimize.passes as passes
 from octify.convert import Example, convert, example_of
 from octify.errors import BackendError
 from octify.graph import meta_copy, record_values
-from octify.module import OctaveModule
+from octify.module import DERIVED, OctaveModule, graph_from_data, graph_to_data
 from octify.optimize.eager import lay_channels_last, lower_eager
 from octify.optimize.expand import expand_convs, expand_pools
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
+from octify.optimize.scales import fold_scales, settle_constants
 from octify.optimize.tune import faster
 from octify.recipe import Recipe
 
@@ -42,6 +43,8 @@ PASSES = (
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),
     Pass("dropout and identities", passes.drop_idle),
+    Pass("constants", settle_constants),
+    Pass("factors into convolutions", fold_scales),
     Pass("one pooling for all readers", passes.share_pools),
     Pass("residual sums into joins", passes.gather_sums, shapes=True),
     Pass("activations into joins", passes.gather_acts),
@@ -52,6 +55,19 @@ class Optimized(fx.GraphModule):
     """An inference form; `octify_passes` says how often each pass applied."""
 
     octify_passes: dict[str, int]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """fx would trace the form again, into functions that are nodes in it."""
+        state = {name: value for name, value in vars(self).items() if name not in DERIVED}
+        return _restored, (state, graph_to_data(self.graph), type(self).__name__)
+
+
+def _restored(state: dict[str, Any], graph: list[Any], class_name: str) -> Optimized:
+    root = nn.Module()
+    root.__dict__.update(state)
+    form = Optimized(root, graph_from_data(graph), class_name=class_name)
+    form.__dict__.update(state)
+    return form
 
 
 def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example = None) -> nn.Module:
