@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from octify.functional import KINDS
+from octify.functional import CONVOLUTIONS
 from octify.graph import chain_of_views, has_hooks, nodes_in, tensors_of, value_of, writes_in_place
 from octify.layout import Layout
 from octify.modes import ModeCall
@@ -90,7 +90,9 @@ class Flows:
             self._want_dense(maps)
             return _plain(value_of(node))
         if not maps and (rule is None or rule.kind != "chooses"):
-            image = node.target not in KINDS and any(isinstance(v, Plain) and v.image for v in self._inputs(node))
+            image = node.target not in CONVOLUTIONS and any(
+                isinstance(v, Plain) and v.image for v in self._inputs(node)
+            )
             return _plain(value_of(node), image=image)
         self.ops[node] = op
         self.classes.begin(node.name, str(node.target) if module is not None else None, settings)

@@ -207,7 +207,7 @@ class _Rewriter:
             set_module(root, path, nn.Module().train(model.training))
         for path, module in self.replaced.items():
             set_module(root, path, module)
-        drop_stand_ins(root, self.trace.functions, self.replaced)
+        drop_stand_ins(root, self.trace.functions, homes)
         return root
 
 

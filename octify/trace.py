@@ -25,7 +25,7 @@ class Trace:
 
     `how` is "symbolic" (any size), "guarded" (along the branches that the model takes at the example's size),
     "free batch" (the example's size, any batch) or "fixed" (the example's shape).
-    `functions` are the calls of convolutions that stand in the graph as modules, which the source does not have.
+    `functions` are the calls of functions that stand in the graph as modules, which the source does not have.
     Where train and eval mode return different things, the graph's output node holds both, and `two_modes` is set.
     """
 
@@ -89,7 +89,6 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
     root = sharing_copy(model)
     train, evaluate = (_trace_mode(model, root, ghosts, tracer, training) for training in (True, False))
     graph, two_modes = join_modes(train, evaluate, root)
-    functions = take_functions(graph, root)
     graph._tracer_cls = SymbolicTracer  # pyright: ignore[reportPrivateUsage] - pickling retraces with octify's leaves
     notes = {
         "symbolic": [],
@@ -99,6 +98,7 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
         "fixed": [f"traced with concrete shapes: the converted model runs at {_shapes(example)} with this batch only"],
     }
     record_values(meta_copy(root).eval(), graph, ghosts)
+    functions = take_functions(graph, root)
     return Trace(root, graph, ghosts, how, two_modes, notes[how], functions)
 
 

@@ -38,20 +38,32 @@ class Padded(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class FrozenNorm(nn.Module):
+    """A batch norm whose statistics and gains are fixed, as a function."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+            self.register_buffer(name, low + torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
+
+
 class Functions(nn.Module):
-    """Convolutions as functions, of modules' weights and of its own; what is dropped in training is called twice."""
+    """Layers as functions, of modules' weights and of its own; what is dropped in training is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.grow = Padded(3, 16, 3, 2), Padded(16, 32, 1)
-        self.deep, self.last = Padded(32, 32, 5, groups=32), Padded(32, 16, 1)
+        self.deep, self.last, self.norm = Padded(32, 32, 5, groups=32), Padded(32, 16, 1), FrozenNorm(32)
         self.own = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
         self.shift = nn.Parameter(torch.randn(16))
         self.fc = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        y = self.last(torch.relu(self.deep(torch.relu(self.grow(x)))))
+        y = self.last(torch.relu(self.deep(torch.relu(self.norm(self.grow(x))))))
         if self.training:
             y = y * torch.floor(0.8 + torch.rand(y.shape[0], 1, 1, 1))
         x = torch.relu(F.conv2d(input=x + y, weight=self.own, bias=self.shift, padding=1))
@@ -164,7 +176,8 @@ def test_functions_are_layers_of_their_own(tmp_path: Path) -> None:
     model = converted(source, 0.5)
     octave = {path for path, module in model.named_modules() if isinstance(module, OctConv)}
     assert octave == {f"{home}octify_conv_{name}" for home, name in OCTAVE}
-    assert not [name for name in model.state_dict() if name in ("own", "shift", "deep.weight")]
+    assert not [name for name in model.state_dict() if name in ("own", "shift", "deep.weight", "norm.weight")]
+    assert next(op.form for op in octify.plan_of(model).ops if op.target == "norm.octify_norm_weight") == "bands"
     assert "stem.octify_conv_weight" not in dict(model.named_modules()) and "stem.weight" in model.state_dict()
     octify.save(model, tmp_path / "net.safetensors")
     again = octify.load(tmp_path / "net.safetensors", model=Functions())

@@ -50,6 +50,11 @@ class Row:
         """At least half of the multiply-adds in convolutions, and at least four spatial ones."""
         return float(self.convolution_share or 0) >= 0.5 and int(self.spatial_convolutions or 0) >= 4
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out for want of time or memory."""
+        return not self.reason.startswith("census:") and "oracles: not run" not in self.reason
+
     def say(self, step: str, why: str) -> None:
         """Adds a reason."""
         text = f"{step}: {why}".replace("\n", " ")[:400]
