@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from octify.calibrate.verdict import Verdict, compare
 from octify.checkpoint import check_target, load, read_checkpoint, save
 from octify.conversion import Conversion
 from octify.convert import calibrate_by_parts, finish, plan_of
-from octify.errors import CalibrationError
+from octify.errors import CalibrationError, CalibrationWarning
 from octify.flows import Flows
 from octify.graph import named_modules
 from octify.inputs import Preprocessing
@@ -94,6 +95,7 @@ def convert_calibrated(
     start = time.perf_counter()
     if output is not None:
         check_target(output, overwrite)
+    _warn_of_random(request)
     source, reading = _read(request, images, step)
     options = replace(options, progress=step)
     if wish is not None:
@@ -186,6 +188,16 @@ def _sensitivities(
             "channels": sum(map(len, lever.steps)),
             "loss": {f"{share:g}": curve.at(share * len(lever.steps)) for share in SHARES},
         }
+
+
+def _warn_of_random(request: Request) -> None:
+    """A library's network without weights knows nothing that could be kept; a user's factory may load some."""
+    untrained = not request.pretrained and request.weights is None
+    if untrained and resolve(request.model).library in ("torchvision", "timm"):
+        text = (
+            f"the weights of {request.model} are random, there is nothing to keep: add --pretrained or --weights FILE"
+        )
+        warnings.warn(text, CalibrationWarning, stacklevel=2)
 
 
 def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, Conversion]:

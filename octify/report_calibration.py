@@ -33,7 +33,8 @@ def verdict_report(verdict: Verdict) -> RenderableType:
         rows += [] if pair is None else [[f"{name} dense, octave", f"{pair[0]:.2%}, {pair[1]:.2%}"]]
     layers = [[error.layer, _share(error.high), _share(error.low)] for error in verdict.layers]
     head = Text(f"{verdict.images} images, outputs are {verdict.kind}", style="bold")
-    return Group(head, names_table(rows), "", names_table(layers, "layer", "error high", "error low"))
+    table = names_table(layers, "layer", "error high", "error low")
+    return Group(head, names_table(rows), "", "each layer behind the sum and activation that follow it", table)
 
 
 def _share(error: float | None) -> str:

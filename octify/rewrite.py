@@ -58,9 +58,11 @@ class _Rewriter:
         """Gives dense calls of a module whose other calls are on bands (a pooling used twice) a module of their own."""
         for node in self.copied:
             home = str(node.target)
-            if any(path == home or path.startswith(f"{home}.") for path in self.replaced):
+            source, mine = get_module(self.trace.model, home), self.replaced.get(home)
+            parts = any(path.startswith(f"{home}.") for path in self.replaced)
+            if parts or (mine is not None and type(mine) is not type(source)):
                 node.target = f"octify_{node.name}"
-                self.replaced[node.target] = copy.deepcopy(get_module(self.trace.model, home))
+                self.replaced[node.target] = copy.deepcopy(source)
 
     def _emit(self, node: fx.Node) -> Any:
         if self.op is None or self.op.form == "dense":

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -242,3 +243,22 @@ def test_mistakes(arguments: list[str], code: int, text: str, tmp_path: Path, my
     assert "Traceback" not in found.stderr
     assert found.exception is None or isinstance(found.exception, SystemExit)
     assert before.items() <= {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}.items()
+
+
+def test_convert_by_images_says_what_is_expected_and_warns(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MY_NET)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(12, 3, 32, 32)).astype(np.float32))
+    given = ["convert", tmp_path / "net.py:factory", "--input-size", "3x32x32", "--calibrate", tmp_path / "images.npy"]
+    found = run(*given, "--target", 0.8)
+    assert found.exit_code == 0 and "expected on new images: " in found.stdout and "by 4 that nothing" in found.stdout
+    facts = json.loads(run(*given, "--target", 0.8, "--json").stdout)["calibration"]
+    assert facts["expected"]["judges"] == 4 and facts["verdict"] in " ".join(found.stdout.split())
+    missed = run(*given, "--target", 0.1)
+    assert missed.exit_code == 1 and "out of reach" in missed.stderr
+
+
+def test_random_weights_are_nothing_to_keep() -> None:
+    given = ("--calibrate", "nowhere")
+    assert "warning: the weights of timm:resnet10t are random" in run("convert", *SMALL, *given).stderr
+    own = run("convert", "net.py:factory", "--calibrate", "nowhere")
+    assert own.exit_code and "warning" not in own.stderr

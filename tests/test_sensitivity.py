@@ -23,6 +23,7 @@ from octify.convert import choose_recipe, read_flows
 from octify.errors import CalibrationError, CalibrationWarning
 from octify.flows import Flows
 from tests.test_calibrate import SIZE, Residual, pictures
+from tests.test_users_nets import PoolingTwice
 
 
 class Concatenating(nn.Module):
@@ -111,6 +112,28 @@ def test_in_many_directions_the_mean_square_is_the_loss() -> None:
     assert torch.allclose(felt.output_change([moved]).square().mean(0).float(), wanted, rtol=0.15)
 
 
+class Frozen(nn.Module):
+    """Its first layers run without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.second(self.first(x))
+        return x.mean((2, 3))
+
+
+def test_what_runs_without_gradients_is_felt_too() -> None:
+    net, x = Frozen(), torch.randn(3, 3, 4, 4)
+    flows = read_flows(net, choose_recipe(None, 0.5, None), (x[:1],))
+    source = walk_dense(flows.trace, [(x,)])
+    node = next(node for node in source.nodes if node.target == "first")
+    felt = Felt(source, (x,), {node}, [1.0], directions=2, seed=0)
+    assert bool((felt.change(node, felt.values[node] + 1.0) != 0).all())
+
+
 # ---- what is expected ------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +170,12 @@ def test_little_kept_is_said_before_the_long_work(monkeypatch: pytest.MonkeyPatc
     trial = next(index for index, text in enumerate(seen) if text.startswith("a quick trial keeps"))
     assert trial < seen.index("kernels") and str(report.expected) in seen[trial]
     assert report.expected.judges == 4 > report.held_back, "three of twelve would say too little"
+
+
+def test_one_pooling_for_several_layouts_can_be_tried() -> None:
+    recipe = choose_recipe(None, 0.5, None).with_defaults(min_size=2)
+    made: Any = octify.convert(PoolingTwice().eval(), recipe=recipe, calibration=pictures(8), target=0.9)
+    assert 0.88 < made.octify_report.cost <= 0.9
 
 
 def test_out_of_reach_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

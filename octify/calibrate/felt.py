@@ -68,7 +68,8 @@ class _Run(fx.Interpreter):
         self.zeros: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        with torch.enable_grad():  # node by node: stretches that the source runs without gradients are felt as well
+            value = super().run_node(n)
         if n not in self._wanted:
             return value
         self.values[n] = value.detach().clone()  # whoever reads it may write into it

@@ -24,7 +24,7 @@ from octify.calibrate.latency import LatencyModel, LatencyTable, in_time
 from octify.calibrate.levers import Lever, find_levers, low_classes, recipe_with
 from octify.calibrate.rank import channel_loss
 from octify.calibrate.report import CalibrationReport, Step
-from octify.calibrate.sensitivity import PASSES, measure_curves
+from octify.calibrate.sensitivity import FEWEST, PASSES, measure_curves
 from octify.calibrate.statistics import norms_of, run_model, try_norms
 from octify.calibrate.trials import run_trials
 from octify.calibrate.verdict import agreement
@@ -105,7 +105,7 @@ class Calibration:
         images += 2.0 * trials * min(TRIAL_IMAGES + JUDGES, count)
         images += 4.0 * options.distil * BATCH
         quick = QUICK * (trials + 3.0 * bool(options.choose and trials))
-        passes = PASSES * bool(options.choose and trials)
+        passes = max(PASSES, 30 * FEWEST / count) * bool(options.choose and trials)
         return (options.fit + quick) * fits + (images / count + passes) * self.images.pass_seconds
 
     # Which channels, and how many where.

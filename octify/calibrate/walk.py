@@ -81,7 +81,7 @@ class Walk:
         """A walk over another network from where this one stands; so far both must be the same."""
         other = Walk(root, graph, self.chunks, store)
         twin = dict(zip(self.nodes[: self._done], other.nodes, strict=False))
-        if any((node.op, node.target) != (mine.op, mine.target) for node, mine in twin.items()):
+        if any((node.op, node.name) != (mine.op, mine.name) for node, mine in twin.items()):
             raise AssertionError("the networks differ before they fork")
         other._done, other._kept = self._done, [twin[node] for node in self._kept]
         for mine, theirs in zip(self._shelves, other._shelves, strict=True):
