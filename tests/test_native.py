@@ -8,14 +8,12 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -27,7 +25,6 @@ from octify.optimize.forms import ACTS, join
 from octify.optimize.native import Program, load_library, lower_native, program, why_not
 from octify.optimize.native.packing import Kernel, cut, pack_weight, panels_of
 from octify.resample import pool_low
-from tests.test_optimize import ready
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"octify's kernels need a C++ compiler: {why_not()}")
 
@@ -405,154 +402,3 @@ def test_what_is_learned_holds_for_every_image_of_a_batch() -> None:
     x = torch.randn(3, 3, 12, 12)
     with torch.no_grad():
         assert close(form(x), net(x))
-
-
-def program_of(net: nn.Module, *, alpha: float = 0.5, size: int = 48) -> tuple[fx.GraphModule, nn.Module]:
-    """An octave network's form with programs, and the network."""
-    octave_net = octify.convert(net.eval(), alpha=alpha, example_inputs=(1, 3, size, size)).eval()
-    example = (torch.empty(1, 3, size, size, device="meta"),)
-    form = build._with_programs(flatten(octave_net, example), example)
-    assert form is not None
-    return form, octave_net
-
-
-class Block(nn.Module):
-    """A residual block around what a function makes of a map of 24 channels."""
-
-    def __init__(self, body: Callable[[Tensor], Tensor], *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.body = nn.ModuleList(layers), body
-        self.first, self.last = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        for layer in self.layers:
-            y = layer(y)
-        return x + self.last(self.body(y))
-
-
-class Scaled(nn.Module):
-    """ConvNeXt's scale of a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.linspace(-1, 1, 24))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mul(self.gamma.reshape(1, -1, 1, 1))
-
-
-class Shifted(nn.Module):
-    """One learned number for all channels, and another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.bias = nn.Parameter(torch.tensor([1.5])), nn.Parameter(torch.tensor([-0.25]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x) + self.bias
-
-
-def shuffled(x: Tensor) -> Tensor:
-    n, c, h, w = x.size()
-    return x.view(n, 3, c // 3, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
-
-
-def split(x: Tensor) -> Tensor:
-    one, two, three = x.split([5, 11, 8], 1)
-    return torch.cat((three, F.relu(one), two), 1)
-
-
-BLOCKS: dict[str, Callable[[], Block]] = {
-    "layer norm": lambda: Block(F.gelu, LayerNorm2d(24)),
-    "layer scale": lambda: Block(torch.sigmoid, nn.Conv2d(24, 24, 1), Scaled()),
-    "learned numbers": lambda: Block(torch.tanh, Shifted()),
-    "numbers": lambda: Block(lambda x: (1 - 2 * F.silu(x)) / 3),
-    "difference": lambda: Block(lambda x: x - F.elu(x)),
-    "product": lambda: Block(lambda x: F.relu(x) * x),
-    "gate by position": lambda: Block(lambda x: x * x.mean(1, keepdim=True).sigmoid()),
-    "slices": lambda: Block(lambda x: torch.cat((x[:, 7:], x[:, :7]), 1)),
-    "every other": lambda: Block(lambda x: torch.cat((x[:, ::2], x[:, 1::2]), 1)),
-    "shuffle": lambda: Block(shuffled),
-    "split": lambda: Block(split),
-    "chunks": lambda: Block(lambda x: x.chunk(2, 1)[0].repeat(1, 2, 1, 1) + x),
-    "upsampling": lambda: Block(lambda x: F.interpolate(x, scale_factor=2.0), nn.MaxPool2d(2), nn.MaxPool2d(1, 1)),
-    "norm and activation": lambda: Block(F.relu, BatchNormAct2d(24), nn.ReLU(), BatchNormAct2d(24)),
-    "padded by size": lambda: Block(F.relu, Conv2dSame(24, 24, 3), nn.BatchNorm2d(24)),
-    "standardised": lambda: Block(F.relu, ScaledStdConv2d(24, 24, 3, padding=1)),
-    "average": lambda: Block(F.relu, nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
-}
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_what_a_program_holds(name: str, alpha: float) -> None:
-    """In one program, at even and odd sizes, for batches."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), BLOCKS[name](), nn.Conv2d(24, 4, 1))
-    form, octave_net = program_of(ready(net), alpha=alpha)
-    calls = [node.target for node in form.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
-    held = name not in ("gate by position", "chunks")  # a mean over channels and repetition run on PyTorch
-    assert len(calls) == 1 or not held, calls
-    with torch.no_grad():
-        for size in ((48, 48), (52, 30), (47, 45)):
-            if name == "upsampling" and size[0] % 2:
-                continue
-            x = torch.randn(2, 3, *size)
-            assert close(form(x), octave_net(x)), size
-
-
-def test_strided_layers_at_odd_sizes_and_bands_without_high_channels() -> None:
-    class Net(nn.Module):
-        """What repeats the edge on the low grid, pools both bands, and merges what is added to a dense map."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 2, 2)
-            self.pool, self.body = nn.AvgPool2d(3, 2, 1), nn.Conv2d(16, 16, 3, stride=2, padding=1)
-            self.last = nn.Conv2d(16, 8, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.relu(self.stem(x))
-            x = F.relu(self.down(x))
-            return self.last(F.relu(self.body(x)) + self.pool(x))
-
-    for alpha in (0.5, 1.0):
-        form, octave_net = program_of(Net(), alpha=alpha, size=64)
-        assert [node.op for node in form.graph.nodes].count("call_module") == 1
-        with torch.no_grad():
-            for size in ((64, 64), (66, 70), (61, 59), (63, 65)):
-                x = torch.randn(2, 3, *size)
-                assert close(form(x), octave_net(x)), (alpha, size)
-
-
-def test_parts_of_inputs_and_outputs() -> None:
-    """A part of what comes in or goes out lies in memory that each call brings."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(4, 6, 1)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            y = F.relu(self.one(x[:, 2:7]))
-            return y, y[:, 1:3], self.two(y[:, 2:]) + self.two(x[:, 4:])
-
-    net = Net().eval()
-    x = torch.randn(2, 8, 9, 7)
-    with torch.no_grad():
-        module, programs = lowered(net, x)
-        assert len(programs) == 1
-        for _ in range(2):
-            x = torch.randn(2, 8, 9, 7)
-            assert all(close(found, wanted) for found, wanted in zip(module(x), net(x), strict=True))
-
-
-def test_a_form_with_functions_between_its_programs_pickles() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Softmax2d(),
-                        nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 4, 1))  # fmt: skip
-    form, octave_net = program_of(net)
-    assert sum(isinstance(part, Program) for part in form.modules()) > 1
-    x = torch.randn(1, 3, 40, 44)
-    with torch.no_grad():
-        assert close(pickle.loads(pickle.dumps(form))(x), octave_net(x))

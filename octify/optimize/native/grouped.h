@@ -175,7 +175,10 @@ static void run_grouped(const Step& step, const Map* maps, int threads) {
   const int64_t together = std::max<int64_t>(1, WEIGHTS / (4 * LANES * taps)) * LANES;
   const int64_t tiles = (out.w + ALONG - 1) / ALONG;
 
-  each_band_pooled(step, maps, BAND, threads, [&](int64_t top, int64_t end) {
+  int64_t band = BAND;
+  while (band > 2 && out.n * ((out.h + band - 1) / band) < 2 * threads && threads > 1) band /= 2;
+
+  each_band_pooled(step, maps, band, threads, [&](int64_t top, int64_t end) {
     static thread_local std::vector<int64_t> low;
     static thread_local std::vector<const float*> lines[4];
     const Out to = out_of(step, maps, top * out.w, (end - top) * out.w, low);

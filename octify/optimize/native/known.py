@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from octify.optimize.native import channels, convs, pools
+from octify.optimize.native.channels import OPERATIONS as CHANNELS
+from octify.optimize.native.convs import OPERATIONS as CONVS
 from octify.optimize.native.operations import Graph, Operation
+from octify.optimize.native.pools import OPERATIONS as POOLS
 
-OPERATIONS: tuple[Operation, ...] = (*convs.OPERATIONS, *pools.OPERATIONS, *channels.OPERATIONS)
+OPERATIONS: tuple[Operation, ...] = (*CONVS, *POOLS, *CHANNELS)
 
 
 def operation_of(module: Graph, node: fx.Node) -> Operation | None:

@@ -57,7 +57,9 @@ def _segments(module: fx.GraphModule, known: dict[fx.Node, Operation]) -> list[l
         if node in known:
             found[-1].append(node)
             inside.add(node)
-        elif (inside.intersection(node.all_input_nodes) and not is_size(module, node)) or _mutates(module, node):
+        elif inside.intersection(node.all_input_nodes) and is_size(module, node):
+            inside.add(node)
+        elif inside.intersection(node.all_input_nodes) or _mutates(module, node):
             found.append([])
             inside.clear()
     return [segment for segment in found if segment]
@@ -134,11 +136,12 @@ def _maps_behind(node: fx.Node) -> list[fx.Node]:
 
 
 def _sizes_between(module: fx.GraphModule, segment: Sequence[fx.Node]) -> dict[fx.Node, bool]:
-    """The nodes between a segment's that work out sizes, and whether anything behind it reads them."""
+    """The nodes between a segment's that work out sizes from its maps, and whether anything behind it reads them."""
     found: dict[fx.Node, bool] = {}
     inside, node = set(segment), segment[0]
     while node is not segment[-1]:
-        if node not in inside and is_size(module, node) and not is_map(node):
+        reads = inside.union(found).intersection(node.all_input_nodes)
+        if node not in inside and reads and is_size(module, node):
             found[node] = True
         node = node.next
     for node in reversed(found):

@@ -6,6 +6,7 @@
 
 constexpr int NARROW = 12;            // pixels in a tile of one vector, as where a last panel has no more channels
 constexpr int64_t CACHE = 256 << 10;  // bytes of input that a block of pixels may take
+constexpr int64_t FEW_PRODUCTS = 128 << 10;  // that are made before other threads have woken up
 
 // What a tile of a sum step reads and writes: pixels from `pixel` on, one after the other.
 struct Source {
@@ -169,6 +170,7 @@ static void run_sum(const Step& step, Ahead following, const Map* maps, const fl
     bytes += 4 * inputs[i].c * conv.stride[0] * conv.stride[1] * (inputs[i].data ? 1 : 2);
     rows += conv.kernel[0] * conv.kernel[1];
   }
+  if (pixels * std::max<int64_t>(total, 4) * out.c < FEW_PRODUCTS) threads = 1;
   const int64_t block = std::max<int64_t>(8 * MOST, std::min<int64_t>(CACHE / bytes, 84 * MOST));
   // Blocks of pixels; where the result is pooled, of whole pairs of rows of one image.
   std::vector<int64_t> starts;
@@ -231,6 +233,9 @@ static void run_sum(const Step& step, Ahead following, const Map* maps, const fl
       pool_rows(out, maps[step.pooled], n, top / 2, (end + 1) / 2);
     }
   }
-  if (step.pooled >= 0 && parts > 1)
-    for (int64_t n = 0; n < out.n; ++n) pool_rows(out, maps[step.pooled], n, 0, (out.h + 1) / 2);
+  if (step.pooled < 0 || parts == 1) return;
+  const int64_t halves = (out.h + 1) / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < out.n * halves; ++row)
+    pool_rows(out, maps[step.pooled], row / halves, row % halves, row % halves + 1);
 }
