@@ -37,6 +37,7 @@ class Pass:
 
 PASSES = (
     Pass("computed weights", passes.settle_weights),
+    Pass("same padding before its convolution", passes.pad_before),
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from octify.pooling import OctPool
-from octify.resample import up_to
+from octify.resample import pad_same, up_to
 from octify.routes import Route, enter, leave
 
 
@@ -68,6 +68,18 @@ class Leave(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """`size` is the high output's, on the halved axes."""
         return leave(self.route, x, size)
+
+
+class PadSame(nn.Module):
+    """TensorFlow's "same" padding before a convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.geometry = (conv.kernel_size, conv.stride, conv.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W)."""
+        return pad_same(x, *self.geometry)
 
 
 class OutSize(nn.Module):
