@@ -97,9 +97,11 @@ def export(
 
 
 def examples(model: nn.Module, given: Example = None) -> tuple[Tensor, ...]:
-    """The example inputs on meta: those given, else those it was converted at, else its default ones."""
+    """The example inputs on meta, in the network's precision: those given, or converted at, or its default ones."""
     origin = origin_of(model)
-    return origin.example() if given is None and origin is not None else example_of(model, given)
+    found = origin.example() if given is None and origin is not None else example_of(model, given)
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in found)
 
 
 def metadata_of(model: nn.Module) -> dict[str, str]:

@@ -177,6 +177,9 @@ def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     for axis in reversed(range(len(kernel))):
         size = x.shape[2 + axis]
         out = (size + stride[axis] - 1) // stride[axis]
-        total = max((out - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 - size, 0)
+        span = (kernel[axis] - 1) * dilation[axis] + 1
+        total = (out - 1) * stride[axis] + span - size
+        if span < stride[axis]:  # else it is no less than their difference, and sizes that are open stay simple
+            total = max(total, 0)
         pads += [total // 2, total - total // 2]
     return F.pad(x, pads)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 import octify
@@ -83,6 +84,35 @@ def test_upsampling_is_by_a_constant_where_sizes_allow_it(multiple: int, constan
     kept = {entry.name for entry in graph.initializer}
     resizes = [node for node in graph.node if node.op_type == "Resize"]
     assert resizes and all((node.input[2] in kept) is constant for node in resizes)
+
+
+class Same(Small):
+    """Padded by its input's size, as TensorFlow does: the stem dense, a strided layer octave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(Conv2dSame(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
+        self.down = Conv2dSame(16, 32, 3, 2)
+
+
+def test_padding_by_the_input_s_size_stays_open_in_a_file(tmp_path: Path) -> None:
+    net = octave(Same())
+    done = octify.export(net, tmp_path / "net.pt2")
+    assert done.dynamic == ("batch", "size") and done.error <= 1e-5
+    program = torch.export.load(done.path)
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+    run = open_exported(done.path, "pt2")
+    for size in ((31, 33), (34, 36)):
+        image = torch.rand(2, 3, *size)
+        assert (run(image)[0] - net(image)).abs().max() <= 1e-5 * net(image).abs().max()
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float64, 1e-12), (torch.bfloat16, 5e-2)])
+def test_a_network_of_another_precision_is_written_in_it(dtype: torch.dtype, limit: float, tmp_path: Path) -> None:
+    done = octify.export(octave().to(dtype), tmp_path / "net.pt2")
+    assert done.error <= limit
+    image = torch.rand(SHAPE).to(dtype)
+    assert open_exported(done.path, "pt2")(image)[0].dtype == dtype
 
 
 def test_a_file_runs_without_octify(tmp_path: Path) -> None:

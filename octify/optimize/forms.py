@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from octify.ops import halve
 from octify.pooling import OctPool, Window, carrier
-from octify.resample import pool_low, up_to
+from octify.resample import pad_same, pool_low, up_to
 from octify.routes import Route, enter, leave
 
 
@@ -101,6 +101,18 @@ class Leave(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """`size` is the high output's, on the halved axes."""
         return leave(self.route, x, size)
+
+
+class PadSame(nn.Module):
+    """TensorFlow's "same" padding before a convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.geometry = (conv.kernel_size, conv.stride, conv.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W)."""
+        return pad_same(x, *self.geometry)
 
 
 class OutSize(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from timm.layers.activations import GELU, GELUTanh, HardSigmoid, HardSwish, Mish, Sigmoid, Swish, Tanh
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from octify.graph import get_module, has_hooks, named_modules, set_module, value_of
 from octify.modes import ModeCall
-from octify.optimize.forms import join
+from octify.optimize.forms import PadSame, join
 from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
 from octify.rules.conv import SCALED, STANDARDISED, plain_conv
@@ -82,6 +83,31 @@ def keep_hooked(module: fx.GraphModule) -> int:
     for path in found:
         set_module(module, path, Hooked(get_module(module, path)))
     return len(found)
+
+
+def pad_before(module: fx.GraphModule) -> int:
+    """Before: a convolution that pads by its input's size (TensorFlow's "same").   After: a pad, a convolution."""
+    count = 0
+    for node in list(module.graph.nodes):
+        conv = get_module(module, str(node.target)) if node.op == "call_module" else None
+        if type(conv) is not Conv2dSame:
+            continue
+        home = nn.Module()
+        home.add_module("pad", PadSame(cast(Any, conv)))
+        home.add_module("conv", _without_padding(conv))
+        set_module(module, f"{node.target}_same", home)  # one module may be called more than once
+        with module.graph.inserting_before(node):
+            padded = module.graph.call_module(f"{node.target}_same.pad", node.args)
+        node.target, node.args = f"{node.target}_same.conv", (padded,)
+        count += 1
+    return count
+
+
+def _without_padding(conv: Any) -> nn.Conv2d:
+    geometry = (conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, conv.bias is not None)
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, *cast(Any, geometry), device="meta")
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain.train(conv.training)
 
 
 def drop_idle(module: fx.GraphModule) -> int:
