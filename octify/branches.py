@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 
 from octify.check import check_graph
 from octify.errors import OctifyError, TraceError
+from octify.flows import Flows
 from octify.graph import get_attribute, map_leaves, meta_copy, tensors_of
 from octify.module import OctaveModule
 from octify.ops import same_branch_
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import rewrite_graph
 from octify.trace import trace_model

@@ -23,12 +23,13 @@ from octify.checkpoint import check_target, load, read_checkpoint, save
 from octify.conversion import Conversion
 from octify.convert import calibrate_by_parts, finish, plan_of
 from octify.errors import CalibrationError
+from octify.flows import Flows
 from octify.graph import named_modules
 from octify.inputs import Preprocessing
 from octify.jobs import Request, describe, is_checkpoint, name_source
 from octify.module import OctaveModule
 from octify.parts import Parts
-from octify.plan import Flows, make_plan
+from octify.plan import make_plan
 from octify.verify import quick_checks
 from octify.zoo import build_model, preprocessing, resolve
 

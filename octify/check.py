@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from octify.errors import CheckError
+from octify.flows import Flows
 from octify.layers import Merge, Split
 from octify.module import OctaveModule
-from octify.plan import Flows, Plan
+from octify.plan import Plan
 
 
 @dataclass(frozen=True)

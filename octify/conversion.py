@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from octify.convert import Example, apply_parts, apply_plan, example_of, read_model, refuse_nothing
+from octify.flows import Flows
 from octify.module import OctaveModule
 from octify.parts import Parts, plan_parts
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 
 

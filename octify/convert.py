@@ -17,12 +17,13 @@ from octify.calibrate.report import CalibrationReport
 from octify.calibrate.run import Calibration, Options
 from octify.check import check_graph
 from octify.errors import CalibrationError, ConversionError, ModelError, RecipeError, TraceError
+from octify.flows import Flows, asks_for_change
 from octify.graph import paused_collection, set_module
 from octify.module import OctaveModule
 from octify.operators import check_operators, find_operator
 from octify.origin import Origin, set_origin
 from octify.parts import Parts, convolutions, find_parts, plan_parts, rewrite_parts, within
-from octify.plan import Flows, Plan, asks_for_change, make_plan
+from octify.plan import Plan, make_plan
 from octify.recipe import Recipe, load_recipe
 from octify.rewrite import rewrite_graph
 from octify.trace import SIZED, WAYS, Trace, trace_model

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,7 +54,7 @@ def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn
         if id(tensor) not in memo:
             memo[id(tensor)] = replace(tensor)
     modules = list(model.modules())
-    special = {id(inner) for module in modules if hasattr(type(module), "__deepcopy__") for inner in module.modules()}
+    special = {id(inner) for module in modules if hasattr(type(module), "__deepcopy__") for inner in _copied_by(module)}
     plain = [module for module in modules if id(module) not in special]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
@@ -61,6 +62,11 @@ def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn
         copied = {name: _copy_value(value, memo) for name, value in vars(module).items()}
         memo[id(module)].__dict__.update(copied)
     return copy.deepcopy(model, memo)
+
+
+def _copied_by(module: nn.Module) -> Iterator[nn.Module]:
+    """What a module with a `__deepcopy__` of its own makes by it: a graph's module nothing but itself."""
+    return iter((module,)) if isinstance(module, fx.GraphModule) else module.modules()
 
 
 _SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
@@ -86,9 +92,11 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules with tensors on the meta device: shapes and no memory."""
+    """The same modules with tensors on the meta device: shapes and no memory. Constants of one number keep it."""
 
     def ghost_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not tensor.dim():
+            return to_meta(tensor.detach().clone())
         ghost = torch.empty_like(tensor, device="meta")
         return nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
 
@@ -165,24 +173,20 @@ class _MetaRecorder(fx.Interpreter):
         n.meta["value"] = value
         return value
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # On meta, PyTorch runs batch norm through a decomposition in Python, which takes most of the time.
-        if type(self.fetch_attr(target)) in _BATCH_NORMS and len(args) == 1:
-            return torch.empty_like(args[0])
-        return super().call_module(target, args, kwargs)
-
 
 def to_meta(value: Any) -> Any:
-    """A tensor on the meta device; anything else as it is."""
-    return value.to("meta") if isinstance(value, Tensor) else value
+    """A tensor on the meta device; single numbers, which sizes may be made of, and anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu") else value
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _shape_of_batch_norm(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """On meta, PyTorch runs batch norm through a decomposition in Python, which takes most of the time."""
+    return torch.empty_like(x)
 
 
 def record_values(root: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> None:
     """Fills `node.meta["value"]` of every node by running the graph over `root` (on meta) once."""
-    with torch.no_grad():
+    with torch.no_grad(), patch.object(torch, "batch_norm", _shape_of_batch_norm):
         _MetaRecorder(root, garbage_collect_values=False, graph=graph).run(*inputs)
 
 

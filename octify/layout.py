@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Layout:
     @classmethod
     def of(cls, bits: Iterable[bool]) -> Layout:
         """A layout from any iterable of truth values."""
-        return cls(tuple(bool(bit) for bit in bits))
+        return cls(tuple(map(bool, bits)))
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a plan says the same few over and over
     def parse(cls, text: str) -> Layout:
         """The inverse of `str`.
 
@@ -63,6 +64,9 @@ class Layout:
 
     def __str__(self) -> str:
         return "".join(f"{len(list(run))}{'l' if low else 'h'}" for low, run in itertools.groupby(self.bits))
+
+    def __deepcopy__(self, memo: object) -> Layout:
+        return self  # nothing in it changes
 
     def __len__(self) -> int:
         return len(self.bits)
@@ -108,3 +112,13 @@ class Layout:
         """For each source channel, its position in `cat(high, low)`."""
         where = {channel: position for position, channel in enumerate(self.high_index + self.low_index)}
         return tuple(where[channel] for channel in range(self.channels))
+
+
+def run_of(index: Sequence[int]) -> Sequence[int]:
+    """The same positions as a range where each follows the one before: short in a graph's code, and quick to know.
+
+    >>> run_of((3, 4, 5)), run_of((3, 5))
+    (range(3, 6), (3, 5))
+    """
+    run = range(index[0], index[0] + len(index)) if index else range(0)
+    return run if tuple(index) == tuple(run) else tuple(index)

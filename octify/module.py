@@ -90,12 +90,12 @@ class OctaveModule(fx.GraphModule):
         self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OctaveModule:
-        state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in _DERIVED}, memo)
+        state = copy.deepcopy({name: value for name, value in vars(self).items() if name not in DERIVED}, memo)
         graph, graphs = self._graphs()
         return _restore(state, graph, graphs, type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: value for name, value in vars(self).items() if name not in _DERIVED}
+        state = {name: value for name, value in vars(self).items() if name not in DERIVED}
         return _restore, (state, *self._graphs(), type(self).__name__)
 
     def _graphs(self) -> tuple[list[Any], dict[bool, list[Any]] | None]:
@@ -124,7 +124,7 @@ def _choosing(forward: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-_DERIVED = {"_graph", "_code", "mode_graphs", "_lineno_map", "_prologue_start"}
+DERIVED = {"_graph", "_code", "mode_graphs", "_lineno_map", "_prologue_start"}
 
 
 def _restore(

@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from octify import resample
 from octify.errors import TraceError
+from octify.layout import run_of
 from octify.resample import up_to
 
 
 def take_channels(x: Tensor, index: Sequence[int], axis: int) -> Tensor:
     """The channels of a band out of a dense tensor: a view where they lie in one run, else a copy."""
-    first = index[0] if index else 0
-    if tuple(index) == tuple(range(first, first + len(index))):
-        return x.narrow(axis, first, len(index))
+    run = run_of(index)
+    if isinstance(run, range):
+        return x.narrow(axis, run.start, len(run))
     return x.index_select(axis, torch.tensor(index, device=x.device))
 
 

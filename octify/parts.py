@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from octify.check import check_graph
 from octify.errors import ModelError, TraceError
+from octify.flows import Flows, asks_for_change
 from octify.graph import map_leaves, named_modules, set_module, sharing_copy, structural_copy
-from octify.plan import Flows, Plan, asks_for_change, make_plan
+from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
 from octify.trace import trace_model

@@ -99,7 +99,7 @@ class OctPool(nn.Module):
 
     def forward(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled bands."""
-        pooled = self.window(high) if high.shape[1] else _carrier(self.window, high)
+        pooled = self.window(high) if high.shape[1] else carrier(self.window, high)
         return pooled, self.pool_low(low, pooled.shape[2:])
 
     def pool_low(self, low: Tensor, size: Sequence[int]) -> Tensor:
@@ -126,7 +126,7 @@ class OctPool(nn.Module):
         return pool(F.pad(low, pads, "replicate"), self.low_kernel, self.low_stride)
 
 
-def _carrier(window: Window, high: Tensor) -> Tensor:
+def carrier(window: Window, high: Tensor) -> Tensor:
     """The size of the pooled map without channels."""
     probe = window(high.new_zeros((1, 1, *high.shape[2:])))
     return high.new_empty((high.shape[0], 0, *probe.shape[2:]))

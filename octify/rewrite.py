@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from octify.flows import Flows
+from octify.functional import drop_stand_ins
 from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_module, structural_copy
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
 from octify.operators import find_operator
-from octify.plan import Flows, Plan, PlanOp
+from octify.plan import Plan, PlanOp
 from octify.rules.base import Bands, Map
 from octify.tracer import SymbolicTracer
 
@@ -37,6 +39,7 @@ class _Rewriter:
         self.merged: dict[fx.Node, fx.Node] = {}
         self.split: dict[tuple[fx.Node, Layout], Bands] = {}
         self.replaced: dict[str, nn.Module] = {}
+        self.copied: list[fx.Node] = []  # dense calls of modules
         self.adapters: dict[tuple[str, Layout, int], str] = {}
         self.node: fx.Node | None = None
         self.op: PlanOp | None = None
@@ -47,8 +50,17 @@ class _Rewriter:
             self.node = node
             self.op = self.plan.get(node.name)
             self.env[node] = self._emit(node)
+        self._part_calls()
         root = self._root()
         return OctaveModule.build(root, self.graph, two_modes=self.trace.two_modes)
+
+    def _part_calls(self) -> None:
+        """Gives dense calls of a module whose other calls are on bands (a pooling used twice) a module of their own."""
+        for node in self.copied:
+            home = str(node.target)
+            if any(path == home or path.startswith(f"{home}.") for path in self.replaced):
+                node.target = f"octify_{node.name}"
+                self.replaced[node.target] = copy.deepcopy(get_module(self.trace.model, home))
 
     def _emit(self, node: fx.Node) -> Any:
         if self.op is None or self.op.form == "dense":
@@ -67,7 +79,11 @@ class _Rewriter:
         return self.module(lambda: operator.make(module, **op.options), *args, **kwargs)
 
     def _copy(self, node: fx.Node) -> fx.Node:
+        if str(node.target) in self.trace.functions:
+            return self.trace.functions[str(node.target)].emit(self.graph, self.rest(node.args[0]))
         copied = self.graph.node_copy(node, self.dense)
+        if node.op == "call_module":
+            self.copied.append(copied)
         copied.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
         return copied
 
@@ -191,6 +207,7 @@ class _Rewriter:
             set_module(root, path, nn.Module().train(model.training))
         for path, module in self.replaced.items():
             set_module(root, path, module)
+        drop_stand_ins(root, self.trace.functions, self.replaced)
         return root
 
 

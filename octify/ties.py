@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,8 +128,8 @@ class Classes:
 
     def choose(self, ranking: Ranking) -> None:
         """Gives every class its bit."""
-        self.roots = np.fromiter((self.find(i) for i in range(len(self.parent))), np.int64, len(self.parent))
-        self.high_roots = {self.find(i) for i in self.pinned}
+        self.roots = self._roots()
+        self.high_roots = self._classes(self.pinned)
         self.bits_of = np.zeros(len(self.parent), dtype=bool)
         self.bundles = self._bundles()
         self._balance_bundles()
@@ -139,8 +139,19 @@ class Classes:
                 self.bits_of[member] = True
         self._apply_layouts()
 
+    def _roots(self) -> Ids:
+        """Every channel's representative; a channel's parent is older than it, or itself."""
+        roots = np.array(self.parent, np.int64)
+        while not np.array_equal(older := roots[roots], roots):
+            roots = older
+        return roots
+
+    def _classes(self, channels: Collection[int]) -> set[int]:
+        """The classes of some channels."""
+        return set(self.roots[np.fromiter(channels, np.int64, len(channels))].tolist())
+
     def _bundles(self) -> list[Bundle]:
-        reads, closes, wants = ({self.find(i) for i in found} for found in (self.reads, self.closes, self.wants))
+        reads, closes, wants = (self._classes(found) for found in (self.reads, self.closes, self.wants))
         writers: dict[int, list[int]] = defaultdict(list)
         for index, writer in enumerate(self.writers):
             for root in np.unique(self.roots[writer.ids]).tolist():
@@ -174,7 +185,7 @@ class Classes:
                 for root in dict.fromkeys(row):
                     if root in owner:
                         where[id(owner[root])][group].append(root)
-            for bundle in {id(b): b for b in owner.values()}.values():
+            for bundle in self.bundles:
                 if id(bundle) in where:
                     self._balance(bundle, where[id(bundle)], groups, name)
 
@@ -251,7 +262,7 @@ class Classes:
             roots = set(self.roots[writer.ids].tolist())
             if roots <= self.high_roots:
                 return "joined with channels that must stay high"
-            if not roots & {self.find(i) for i in self.reads}:
+            if roots.isdisjoint(self._classes(self.reads)):
                 return "every reader needs a dense map"
             return self._too_few(writer)
         return ""

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from octify.errors import ModelError, TraceError
+from octify.functional import FunctionCall, take_functions
 from octify.graph import map_leaves, meta_copy, named_modules, own_tensors, record_values, sharing_copy, to_meta
 from octify.modes import join_modes
 from octify.ops import same_branch_
-from octify.tracer import FixedTracer, FreeBatchTracer, GuardedTracer, SymbolicTracer
+from octify.shaped import FixedTracer, FreeBatchTracer, GuardedTracer
+from octify.tracer import SymbolicTracer
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Trace:
 
     `how` is "symbolic" (any size), "guarded" (along the branches that the model takes at the example's size),
     "free batch" (the example's size, any batch) or "fixed" (the example's shape).
+    `functions` are the calls of convolutions that stand in the graph as modules, which the source does not have.
     Where train and eval mode return different things, the graph's output node holds both, and `two_modes` is set.
     """
 
@@ -32,6 +35,7 @@ class Trace:
     how: str = "symbolic"
     two_modes: bool = False
     notes: list[str] = field(default_factory=list[str])
+    functions: dict[str, FunctionCall] = field(default_factory=dict[str, FunctionCall])  # by the modules' paths
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -85,6 +89,7 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
     root = sharing_copy(model)
     train, evaluate = (_trace_mode(model, root, ghosts, tracer, training) for training in (True, False))
     graph, two_modes = join_modes(train, evaluate, root)
+    functions = take_functions(graph, root)
     graph._tracer_cls = SymbolicTracer  # pyright: ignore[reportPrivateUsage] - pickling retraces with octify's leaves
     notes = {
         "symbolic": [],
@@ -94,7 +99,7 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
         "fixed": [f"traced with concrete shapes: the converted model runs at {_shapes(example)} with this batch only"],
     }
     record_values(meta_copy(root).eval(), graph, ghosts)
-    return Trace(root, graph, ghosts, how, two_modes, notes[how])
+    return Trace(root, graph, ghosts, how, two_modes, notes[how], functions)
 
 
 def _trace_mode(

@@ -15,12 +15,13 @@ from octify.bands import PATHS, choose_paths
 from octify.check import Check, structure_checks
 from octify.conversion import Conversion
 from octify.convert import plan_of
+from octify.flows import Flows
 from octify.graph import sharing_copy
 from octify.layers import Merge, OctConv, Split
 from octify.module import graph_of_mode
 from octify.operators import transfer_notes
 from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
-from octify.plan import Flows, Plan, PlanOp
+from octify.plan import Plan, PlanOp
 from octify.recipe import Recipe
 
 SIDES = (64, 96, 128)  # small inputs to try first

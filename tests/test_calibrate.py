@@ -30,10 +30,11 @@ from octify.calibrate.verdict import compare
 from octify.calibrate.walk import walk_dense, walk_octave
 from octify.convert import choose_recipe, finish, plan_of, read_flows
 from octify.errors import CalibrationError
+from octify.flows import Flows
 from octify.layout import Layout
 from octify.linear import OctLinear
 from octify.module import OctaveModule
-from octify.plan import Flows, Plan, make_plan
+from octify.plan import Plan, make_plan
 
 SIZE = 32
 
@@ -399,6 +400,21 @@ def test_pixels_and_features_are_measured_as_what_they_are(net: nn.Module) -> No
     x = torch.randn(4, 3, 64)
     features = compare(volume, octify.convert(volume, alpha=0.5, example_inputs=(1, 3, 64)), x)
     assert features.kind == "features" and features.agreement is None and features.loss > 0
+
+
+def test_a_layer_is_compared_behind_its_activation() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    dead = net[2].bias  # type: ignore
+    with torch.no_grad():
+        dead[:1], dead[-1:] = -100.0, -100.0  # type: ignore
+    converted = octify.convert(net.eval(), alpha=0.5, example_inputs=(1, 3, SIZE, SIZE))
+    before = compare(net, converted, pictures(4)).layers
+    with torch.no_grad():
+        for name in ("high", "low"):
+            getattr(converted.get_submodule("2"), f"bias_{name[0]}")[{"high": 0, "low": -1}[name]] += 50.0
+    after = compare(net, converted, pictures(4)).layers
+    assert after == before and [layer.layer for layer in after] == ["2", "4"]
+    assert after[0].low and after[1].high
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,13 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)
-        return x + y if self.how == "add" else x - 0.5 * y if self.how == "sub" else x * y.sigmoid()
+        ways = {
+            "add": lambda: x + y,
+            "sub": lambda: x - 0.5 * y,
+            "mul": lambda: x * y.sigmoid(),
+            "product": lambda: x * y,
+        }
+        return ways[self.how]()
 
 
 class Concatenation(nn.Module):
@@ -53,6 +60,17 @@ class Halves(nn.Module):
         x = torch.cat((one, F.relu(self.conv(two))), 1)
         n, c, h, w = x.shape
         return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Slices(nn.Module):
+    """The channels in two parts, changed over, one of them with numbers of its own."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x[:, self.at :], (1 - x[:, : self.at]) / 2), 1)
 
 
 class Gate(nn.Module):
@@ -99,6 +117,7 @@ class Scale(nn.Module):
         return x * self.gamma
 
 
+ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Hardtanh)
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 PADDINGS = ("zeros", "reflect", "replicate", "circular")
 PIECES: dict[str, Callable[[Draw], nn.Module]] = {
@@ -107,7 +126,10 @@ PIECES: dict[str, Callable[[Draw], nn.Module]] = {
     "same": lambda draw: nn.Conv2d(WIDTH, WIDTH, draw(st.sampled_from([2, 3, (1, 5)])), padding="same"),
     "batch norm": lambda draw: nn.BatchNorm2d(WIDTH),
     "group norm": lambda draw: nn.GroupNorm(draw(st.sampled_from([1, 4, WIDTH])), WIDTH),
-    "activation": lambda draw: draw(st.sampled_from([nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish]))(),
+    "activation": lambda draw: draw(st.sampled_from(ACTIVATIONS))(),
+    "channel norm": lambda draw: LayerNorm2d(WIDTH),
+    "product": lambda draw: Residual(nn.Conv2d(WIDTH, WIDTH, 1), "product"),
+    "slices": lambda draw: Slices(draw(st.integers(1, WIDTH - 1))),
     "prelu": lambda draw: nn.PReLU(WIDTH),
     "pool": lambda draw: draw(
         st.sampled_from([

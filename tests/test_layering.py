@@ -16,17 +16,19 @@ layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
 recipe origin
 kernels resample bands graph
-routes ops modes reparametrized
+routes ops modes reparametrized functional
 octbase compconv pooling
 octconv compweights
 transposed linear
 layers
 rules.base
-tracer ties norms operators
+tracer ties norms operators rules.select
+shaped
 trace
 module
 rules.*
 rules
+flows
 plan
 rewrite check
 parts cost branches

@@ -254,6 +254,33 @@ def test_the_inference_form_settles_what_stays_dense() -> None:
         assert torch.allclose(fast(x), model(x), atol=1e-5)
 
 
+class PoolingTwice(nn.Module):
+    """One pooling module for maps of several layouts, as U-Nets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1, padding_mode="replicate") for i, o in PAIRS)
+        self.pool, self.last = nn.MaxPool2d(2), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(torch.relu(self.c(self.pool(torch.relu(self.b(self.pool(self.a(x)))))))))
+
+
+PAIRS = ((3, 16), (16, 16), (16, 16))
+
+
+@pytest.mark.parametrize("dense", ["a", "b", "c"])
+def test_a_module_without_weights_may_be_called_on_bands_and_on_a_whole_map(dense: str) -> None:
+    source = PoolingTwice().double().eval()
+    layers = [{"match": dense, "alpha": 0.0}]
+    recipe = octify.Recipe.from_dict({"version": 1, "defaults": {"alpha": 0.5, "min_size": 2}, "layers": layers}, "one")
+    model = octify.convert(source, recipe=recipe, example_inputs=(1, 3, 64, 64))
+    x = torch.full((2, 3, 64, 64), 0.3, dtype=torch.double)
+    with torch.no_grad():
+        assert torch.allclose(model(x), source(x), atol=1e-10)
+        assert model(torch.randn(2, 3, 48, 32).double()).shape == (2, 4, 6, 4)
+
+
 def test_what_cannot_be_traced_is_refused_by_name() -> None:
     scripted, lazy = Body().eval(), Body()
     scripted.a = torch.jit.script(scripted.a)

@@ -19,8 +19,8 @@ from octify.bench.runners import Settings, runner, threads
 from octify.conversion import Conversion
 from octify.convert import Example
 from octify.errors import BackendError, ConversionError
+from octify.flows import Flows
 from octify.graph import shape_of, value_of
-from octify.plan import Flows
 from octify.recipe import Recipe
 
 MARGIN = 0.99  # what the other must win to be taken, and in three pairs of four it must win at all

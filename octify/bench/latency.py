@@ -23,7 +23,7 @@ from octify.conversion import Conversion
 from octify.convert import Example
 from octify.cost import source_cost
 from octify.errors import BackendError
-from octify.plan import Flows
+from octify.flows import Flows
 from octify.recipe import Recipe
 
 TRUST = 0.05  # in the mean over all layers, against what was measured of some

@@ -19,6 +19,7 @@ from octify.bench.clock import Call
 from octify.errors import BackendError
 from octify.export import WRITERS
 from octify.optimize import BACKENDS, optimize
+from octify.optimize.eager import lay_channels_last
 from octify.program import trace_program
 from octify.runtimes import need, open_exported
 
@@ -107,7 +108,7 @@ def runner(model: nn.Module, inputs: Sequence[Tensor], settings: Settings) -> Ca
 
 def _placed(model: nn.Module, settings: Settings) -> nn.Module:
     placed = copy.deepcopy(model).to(settings.device, getattr(torch, settings.dtype))
-    return placed.to(memory_format=torch.channels_last) if settings.lays_channels_last else placed  # pyright: ignore
+    return lay_channels_last(placed) if settings.lays_channels_last else placed
 
 
 def _input(value: Tensor, settings: Settings) -> Tensor:

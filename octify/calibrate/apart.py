@@ -9,7 +9,7 @@ from torch import fx
 
 from octify.calibrate.levers import Lever
 from octify.calibrate.problems import can_fit
-from octify.plan import Flows
+from octify.flows import Flows
 from octify.rules.base import maps_in
 
 MOST_GROUPS = 6

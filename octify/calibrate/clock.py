@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from octify.calibrate.least_squares import ROWS, ROWS_PER_UNKNOWN
+from octify.calibrate.least_squares import rows_for
 from octify.calibrate.problems import can_fit
 from octify.calibrate.solve import STRENGTHS
 from octify.graph import shape_of, value_of
@@ -39,7 +39,7 @@ def _layer_flops(trace: Trace, node: Any, images: int) -> float:
     groups = int(getattr(trace.module_of(node), "groups", 1))
     unknowns, outputs = weight[0].numel(), len(weight)
     positions = images * math.prod((shape_of(value_of(node)) or (1, 1))[2:])
-    rows = min(positions, max(ROWS, ROWS_PER_UNKNOWN * unknowns))
+    rows = min(positions, rows_for(groups, unknowns))
     gram = groups * rows * unknowns**2 + 2 * rows * unknowns * outputs
     return gram + (len(STRENGTHS) + 1) * (groups * unknowns**3 / 3 + 4 * unknowns**2 * outputs)
 

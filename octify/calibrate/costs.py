@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import fx
 
 from octify.calibrate.levers import Lever
+from octify.flows import Flows
 from octify.graph import nodes_in, shape_of, value_of
 from octify.kernels import half
 from octify.octconv import as_tuple, conv_axes
-from octify.plan import Flows
 from octify.routes import Route, fold_high, fold_low
 from octify.rules.base import Map, maps_in
 

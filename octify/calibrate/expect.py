@@ -46,8 +46,8 @@ class Expected:
 
     @property
     def is_poor(self) -> bool:
-        """Whether a user should hear of it."""
-        return self.loss > POOR_LOSS if self.share is None else self.share < POOR_SHARE
+        """Whether even the best that may be expected is little."""
+        return self.loss > POOR_LOSS if self.high is None else self.high < POOR_SHARE
 
 
 def expect(known: Sequence[Any], dense: Sequence[Any], octave: Sequence[Any]) -> Expected:

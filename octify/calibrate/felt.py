@@ -86,7 +86,7 @@ def _signs(outputs: Sequence[Tensor], spreads: Sequence[float], dice: torch.Gene
 
 def _gradients(zeros: dict[fx.Node, Tensor], outputs: Sequence[Tensor], way: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
     reached = [(output * sign).sum() for output, sign in zip(outputs, way, strict=True) if output.requires_grad]
-    if not reached:
+    if not reached or not zeros:
         return {}
     total = torch.stack(reached).sum()
     found = cast(

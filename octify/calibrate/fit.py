@@ -155,9 +155,11 @@ def fit_layer(
     strengths: Sequence[float],
     dice: torch.Generator,
     rows: float,
+    alone: bool = False,
 ) -> list[Fitted]:
+    """Fits a layer's kernels in place; unless it is fitted `alone`, a batch norm behind it takes its bias."""
     name = str(node.target)
-    module, shifts = converted.get_submodule(name), _shifts(converted, node)
+    module, shifts = converted.get_submodule(name), {} if alone else _shifts(converted, node)
     if isinstance(module, CompConv):
         ridge = RIDGE if len(strengths) > 1 else strengths[0]
         maps: Values[Tensor] = Values(len(inputs), lambda index: inputs[index][0])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from octify.calibrate.costs import CostModel, Counts
 from octify.calibrate.levers import Lever
 from octify.errors import CalibrationError
-from octify.plan import Flows
+from octify.flows import Flows
 from octify.recipe import Recipe
 
 TRIES = 4

@@ -22,6 +22,7 @@ from octify.errors import CalibrationError
 
 ROWS = 16_384  # rows a problem at least samples, if there are so many
 ROWS_PER_UNKNOWN = 8
+NUMBERS = 1 << 25  # that a problem's rows hold over all groups: depthwise layers have many groups of few unknowns
 MOST_NUMBERS = 6_144**2  # of a Gram matrix: 300 MB
 HELD_OUT = 5  # every fifth image chooses the ridge
 
@@ -60,7 +61,7 @@ class _Data:
         The first are over images that fit, the second over those held out.
         """
         dice = torch.Generator().manual_seed(self.seed)
-        count = math.ceil(self.rows * max(ROWS, ROWS_PER_UNKNOWN * len(columns)) / self.images)
+        count = math.ceil(self.rows * rows_for(weight.shape[0], len(columns)) / self.images)
         both = [Sums.zeros(weight.shape[0], len(columns), weight.shape[2], weight.device) for _ in range(2)]
         others = weight.clone()
         others[:, columns] = 0
@@ -81,6 +82,11 @@ class _Data:
             for part, chosen in zip(both, (~held, held), strict=True):
                 part.add(x[chosen].flatten(0, 1), y[chosen].flatten(0, 1))
         return both[0], both[1], energy
+
+
+def rows_for(groups: int, unknowns: int) -> int:
+    """How many rows a problem samples: enough for its unknowns, and not more numbers than help."""
+    return max(ROWS_PER_UNKNOWN * unknowns, min(ROWS, NUMBERS // (groups * unknowns)))
 
 
 def fit_problem(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from octify.flows import Flows
 from octify.layout import Layout
-from octify.plan import Flows
 from octify.recipe import Recipe
 
 

@@ -19,10 +19,10 @@ from octify.calibrate.report import CalibrationReport, join_reports
 from octify.calibrate.run import Calibration, Options
 from octify.calibrate.verdict import Verdict, compare
 from octify.errors import CalibrationError
+from octify.flows import Flows
 from octify.graph import sharing_copy
 from octify.module import OctaveModule
 from octify.parts import Parts, run_on
-from octify.plan import Flows
 from octify.recipe import Recipe
 
 

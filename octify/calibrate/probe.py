@@ -21,8 +21,9 @@ from octify.calibrate.levers import Lever, low_classes, recipe_with
 from octify.calibrate.store import Store
 from octify.calibrate.targets import extra_of
 from octify.calibrate.walk import Chunk, Walk
+from octify.flows import Flows
 from octify.octbase import OctBase
-from octify.plan import Flows, make_plan
+from octify.plan import make_plan
 from octify.rewrite import rewrite_graph
 
 
@@ -72,9 +73,9 @@ class Probe:
         outputs = source.values[stop.source]
         if stop.fits:
             inputs, extra = walk.arguments(stop.node), extra_of(source, walk, (stop.source, stop.node), outputs)
-            fit_layer(
-                self.converted, stop.node, inputs, outputs, extra, strengths, torch.Generator().manual_seed(0), rows
-            )
+            dice = torch.Generator().manual_seed(0)
+            # A norm behind a whole map goes on with the dense network's values: it must stay as it is.
+            fit_layer(self.converted, stop.node, inputs, outputs, extra, strengths, dice, rows, alone=stop.whole)
         if stop.whole:
             walk.run_through(stop.node)
             walk.put(stop.node, outputs)

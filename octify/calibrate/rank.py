@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.calibrate.walk import Chunk
+from octify.flows import Flows
 from octify.graph import nodes_in
-from octify.plan import Flows
 from octify.resample import pool_low, up_to
 from octify.rules.base import Map
 from octify.trace import Trace

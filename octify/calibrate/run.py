@@ -30,12 +30,12 @@ from octify.calibrate.trials import run_trials
 from octify.calibrate.verdict import agreement
 from octify.cost import model_cost, source_cost
 from octify.errors import CalibrationError, CalibrationWarning
+from octify.flows import Flows
 from octify.module import OctaveModule
-from octify.plan import Flows
 
 Progress = Callable[[str], None]
 RANKING_IMAGES = 64
-TRIAL_IMAGES, JUDGES = 48, 96
+TRIAL_IMAGES, JUDGES = 48, 64
 NORM_IMAGES = 256  # say what a channel's mean and variance are as well as more do
 ENOUGH_JUDGES = 16  # images held back; fewer say too little of what is kept
 MANY_IMAGES = 128  # more hardly help

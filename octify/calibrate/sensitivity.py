@@ -17,8 +17,8 @@ from octify.calibrate.probe import Probe, fit_probes
 from octify.calibrate.store import MEMORY
 from octify.calibrate.trials import TRIAL_ROWS, TRIAL_STRENGTH
 from octify.calibrate.walk import walk_dense
+from octify.flows import Flows
 from octify.graph import tensors_of, value_of
-from octify.plan import Flows
 
 SHARES = (0.25, 0.5, MOST)
 DIRECTIONS = 4  # in which changes of the outputs are looked at

@@ -16,9 +16,10 @@ from octify.calibrate.least_squares import ROWS_PER_UNKNOWN
 from octify.calibrate.levers import recipe_with
 from octify.calibrate.store import MEMORY, Store
 from octify.calibrate.walk import Chunk, Walk, walk_dense
+from octify.flows import Flows
 from octify.graph import shape_of, tensors_of, value_of
 from octify.module import OctaveModule
-from octify.plan import Flows, make_plan
+from octify.plan import make_plan
 from octify.rewrite import rewrite_graph
 from octify.trace import Trace
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -13,20 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octify.calibrate.bands import band_pairs, relative_error
 from octify.calibrate.data import Batches, float_tensors, output_loss, take_batches
+from octify.calibrate.layer_errors import LayerError, layer_errors
 from octify.errors import CalibrationError
 from octify.graph import sharing_copy
-from octify.layers import OctConv
+from octify.module import OctaveModule
 
-
-@dataclass(frozen=True)
-class LayerError:
-    """A layer's squared errors against the dense layer, as shares of its variance; None where there is no such band."""
-
-    layer: str
-    high: float | None
-    low: float | None
+LAYER_BATCHES, LAYER_IMAGES = 4, 16  # by so many images of so many batches layers are compared
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def compare(
     given = [batch if isinstance(batch, tuple) else (batch,) for batch in take_batches(batches, samples)]
     if not given:
         raise CalibrationError("there are no images to compare on")
-    with torch.no_grad(), _Errors(dense, octave) as errors:
+    with torch.no_grad():
         pairs = [(dense(*inputs), octave(*inputs)) for inputs in given]
     wanted, kept = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     first = [torch.cat(column) for column in zip(*pairs_of(wanted, kept), strict=True)]
@@ -94,8 +87,16 @@ def compare(
         kl=_divergence(y, x) if decides else None,
         top1=_top(y, x, cast(Tensor, labels), 1) if scores else None,
         top5=_top(y, x, cast(Tensor, labels), 5) if scores and y.shape[1] > 5 else None,
-        layers=errors.layers(),
+        layers=_layers(dense, octave, given),
     )
+
+
+def _layers(dense: nn.Module, octave: nn.Module, given: Sequence[tuple[Tensor, ...]]) -> list[LayerError]:
+    """Of some images; none of a module that is not octave as a whole, or whose source does not trace with these."""
+    if not isinstance(octave, OctaveModule):
+        return []
+    chunks = [tuple(value[:LAYER_IMAGES] for value in inputs) for inputs in given[:LAYER_BATCHES]]
+    return layer_errors(dense, octave, chunks)
 
 
 def agreement(dense: Sequence[Any], octave: Sequence[Any]) -> float | None:
@@ -124,54 +125,6 @@ def _top(dense: Tensor, octave: Tensor, labels: Tensor, count: int) -> tuple[flo
     wanted = labels[: len(dense)].to(dense.device)[:, None]
     shares = [float((output.topk(count, 1).indices == wanted).any(1).double().mean()) for output in (dense, octave)]
     return shares[0], shares[1]
-
-
-class _Errors:
-    """Hooks that add up every octave layer's squared errors, band by band."""
-
-    def __init__(self, dense: nn.Module, octave: nn.Module) -> None:
-        self.dense, self.octave = dense, octave
-        self.sums: dict[tuple[str, str], list[float]] = {}
-        self.order: dict[str, None] = {}
-        self.seen: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> _Errors:
-        sources = dict(self.dense.named_modules())
-        for name, module in self.octave.named_modules():
-            if isinstance(module, OctConv) and name in sources:
-                self.handles.append(sources[name].register_forward_hook(self._keep(name)))
-                self.handles.append(module.register_forward_hook(self._compare(name, module)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def layers(self) -> list[LayerError]:
-        """The mean over batches, in the order of execution."""
-        return [LayerError(name, self._mean(name, "high"), self._mean(name, "low")) for name in self.order]
-
-    def _mean(self, name: str, band: str) -> float | None:
-        found = self.sums.get((name, band))
-        return sum(found) / len(found) if found else None
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self.seen[name] = output.clone()
-
-        return hook
-
-    def _compare(self, name: str, layer: OctConv) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            target = self.seen.get(name)
-            if target is None:
-                return
-            self.order[name] = None
-            for band, given, wanted in band_pairs(layer.out_layout, output, target, layer.spatial):
-                self.sums.setdefault((name, band), []).append(float(relative_error(given, wanted)))
-
-        return hook
 
 
 def labels_of(batches: Iterable[Any]) -> Tensor | None:

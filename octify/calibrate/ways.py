@@ -35,11 +35,16 @@ ACTIVATION_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "
 
 @dataclass(frozen=True)
 class Way:
-    """What a value meets in eval mode: `steps` that scale channels or move their axis, a summand, an activation."""
+    """What a value meets in eval mode: `steps` that scale channels or move their axis, a summand, an activation.
 
+    `end` is the last node of it; `keeps_axes` says that channels are there where they were.
+    """
+
+    end: fx.Node
     steps: tuple[Step, ...] = ()
     other: fx.Node | None = None
     activation: Step | None = None
+    keeps_axes: bool = True
 
     def follow(self, x: Tensor) -> Tensor:
         """The value as it meets the other summand, or the activation."""
@@ -52,18 +57,19 @@ def find_way(root: nn.Module, node: fx.Node) -> Way:
     """The way of a value, up to where more than one operation reads it, or one that mixes channels or positions."""
     steps: list[Step] = []
     other: fx.Node | None = None
+    keeps = True
     while len(node.users) == 1:
         reader = next(iter(node.users))
         kind = type(root.get_submodule(str(reader.target))) if reader.op == "call_module" else None
         if _is_activation(reader, kind):
-            return Way(tuple(steps), other, _on_copy(_call(root, reader, node)))
+            return Way(reader, tuple(steps), other, _on_copy(_call(root, reader, node)), keeps)
         if other is not None:
             break
         if kind in NORMS_WITH_ACTIVATION and _has_statistics(root, reader):
             norm = cast(Any, root.get_submodule(str(reader.target)))
             steps.append(_norm_alone(norm))
             if not isinstance(norm.act, nn.Identity):
-                return Way(tuple(steps), None, _on_copy(norm.act))
+                return Way(reader, tuple(steps), None, _on_copy(norm.act), keeps)
         elif kind is SharedDrop:
             picks = [item for item in reader.users if item.args[1] == reader.args.index(node)]
             if len(picks) != 1:
@@ -73,10 +79,11 @@ def find_way(root: nn.Module, node: fx.Node) -> Way:
             other = found
         elif _scales(root, reader, kind, node):
             steps.append(_call(root, reader, node))
+            keeps = keeps and kind is not Permute and reader.target != "permute"
         else:
             break
         node = reader
-    return Way(tuple(steps), other)
+    return Way(node, tuple(steps), other, None, keeps)
 
 
 def _is_activation(reader: fx.Node, kind: type | None) -> bool:

@@ -15,11 +15,12 @@ import octify.optimize.passes as passes
 from octify.convert import Example, convert, example_of
 from octify.errors import BackendError
 from octify.graph import meta_copy, record_values
-from octify.module import OctaveModule
-from octify.optimize.eager import lower_eager
+from octify.module import DERIVED, OctaveModule, graph_from_data, graph_to_data
+from octify.optimize.eager import lay_channels_last, lower_eager
 from octify.optimize.expand import expand_convs, expand_pools
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
+from octify.optimize.scales import fold_scales, settle_constants
 from octify.optimize.tune import faster
 from octify.recipe import Recipe
 
@@ -37,11 +38,14 @@ class Pass:
 
 PASSES = (
     Pass("computed weights", passes.settle_weights),
+    Pass("modules with hooks kept", passes.keep_hooked),
     Pass("same padding before its convolution", passes.pad_before),
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),
     Pass("dropout and identities", passes.drop_idle),
+    Pass("constants", settle_constants),
+    Pass("factors into convolutions", fold_scales),
     Pass("one pooling for all readers", passes.share_pools),
     Pass("residual sums into joins", passes.gather_sums, shapes=True),
     Pass("activations into joins", passes.gather_acts),
@@ -52,6 +56,19 @@ class Optimized(fx.GraphModule):
     """An inference form; `octify_passes` says how often each pass applied."""
 
     octify_passes: dict[str, int]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """fx would trace the form again, into functions that are nodes in it."""
+        state = {name: value for name, value in vars(self).items() if name not in DERIVED}
+        return _restored, (state, graph_to_data(self.graph), type(self).__name__)
+
+
+def _restored(state: dict[str, Any], graph: list[Any], class_name: str) -> Optimized:
+    root = nn.Module()
+    root.__dict__.update(state)
+    form = Optimized(root, graph_from_data(graph), class_name=class_name)
+    form.__dict__.update(state)
+    return form
 
 
 def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example = None) -> nn.Module:
@@ -105,7 +122,7 @@ def _on_cpu(module: Optimized, example: tuple[Any, ...], backend: str) -> nn.Mod
     if backend == "eager":
         return own if own is not None and wins else theirs
     if not wins:
-        return Frozen(_finished(module.to(memory_format=torch.channels_last)))
+        return Frozen(_finished(cast(Optimized, lay_channels_last(module))))
     return Frozen(cast(Optimized, _with_programs(module, example)))
 
 
@@ -117,7 +134,7 @@ def _with_programs(module: Optimized, example: tuple[Any, ...]) -> Optimized | N
     _record_two_images(form, example)
     count = lower_native(form)
     form.octify_passes |= {"programs of octify's own kernels": count}
-    return _finished(form.to(memory_format=torch.channels_last)) if count else None
+    return _finished(cast(Optimized, lay_channels_last(form))) if count else None
 
 
 def _record_two_images(form: Optimized, example: tuple[Any, ...]) -> None:
@@ -161,7 +178,7 @@ class Frozen(nn.Module):
 
 def _compiled(module: Optimized) -> nn.Module:
     """On a GPU as one CUDA graph, where inductor can make one."""
-    return cast(nn.Module, torch.compile(module.to(memory_format=torch.channels_last), mode="reduce-overhead"))
+    return cast(nn.Module, torch.compile(lay_channels_last(module), mode="reduce-overhead"))
 
 
 def _copied(module: Optimized) -> Optimized:

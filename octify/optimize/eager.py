@@ -39,6 +39,13 @@ def to_channels_last(x: Any) -> Any:
     return x
 
 
+def lay_channels_last(module: nn.Module) -> nn.Module:
+    """Lays a network's kernels out channels last, in place; `Module.to` refuses it where a tensor has five axes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = to_channels_last(tensor.data)
+    return module
+
+
 def lower_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """Puts oneDNN's convolutions, or matrix products, in place; returns how many of each."""
     lowering = _Lowering(module)

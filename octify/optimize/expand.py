@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from octify.graph import get_module, set_module, shape_of, value_of
 from octify.kernels import fits_always
 from octify.layers import OctConv
-from octify.optimize.forms import Enter, Leave, LowPool, OutSize, empty_high, join
+from octify.optimize.forms import Carrier, Enter, Leave, LowPool, OutSize, empty_high, join
 from octify.pooling import OctPool
 from octify.resample import average, pool_low, up_to
 from octify.routes import Route
@@ -49,11 +49,12 @@ def expand_pools(module: fx.GraphModule) -> int:
     count = 0
     for node in list(module.graph.nodes):
         pool = get_module(module, str(node.target)) if node.op == "call_module" else None
-        if not isinstance(pool, OctPool) or not (shape_of(value_of(node.args[0])) or (0, 0))[1]:
+        if not isinstance(pool, OctPool):
             continue
         target = f"{node.target}_{count}"  # one module may be called with and without a high band
         home = nn.Module()
-        home.add_module("high", pool.window.module())
+        has_high = (shape_of(value_of(node.args[0])) or (0, 0))[1] > 0
+        home.add_module("high", pool.window.module() if has_high else Carrier(pool.window))
         home.add_module("low", LowPool(pool))
         set_module(module, target, home)
         high, low = cast("tuple[fx.Node, fx.Node]", node.args)
@@ -75,7 +76,9 @@ def _replace(node: fx.Node, value: Value) -> None:
     else:
         for reader in list(node.users):
             assert reader.target is operator.getitem, f"{reader} reads a pair of bands as a whole"
-            reader.replace_all_uses_with(value[cast(int, reader.args[1])])
+            band = value[cast(int, reader.args[1])]
+            band.meta = dict(reader.meta)
+            reader.replace_all_uses_with(band)
             reader.graph.erase_node(reader)
     node.graph.erase_node(node)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octify.pooling import OctPool
-from octify.resample import pad_same, up_to
+from octify.ops import halve
+from octify.pooling import OctPool, Window, carrier
+from octify.resample import pad_same, pool_low, up_to
 from octify.routes import Route, enter, leave
 
 
@@ -26,24 +27,56 @@ def join(highs: Sequence[Tensor], lows: Sequence[Tensor], spatial: int = 2, act:
     if lows:
         terms.append(up_to(reduce(torch.add, lows), last.shape[-spatial:]))
     total = reduce(torch.add, [*terms, last])
-    return ACTS[act](total) if act else total
+    return activate(total, act) if act else total
 
 
-def hardtanh_six(x: Tensor) -> Tensor:
-    """ReLU6."""
-    return F.hardtanh(x, 0.0, 6.0)
+def activate(x: Tensor, act: str) -> Tensor:
+    """An activation by its name, behind which its numbers stand.
+
+    >>> activate(torch.tensor([-2.0, 2.0]), "leaky_relu 0.5")
+    tensor([-1.,  2.])
+    """
+    name, *numbers = act.split()
+    return ACTS[name](x, *map(float, numbers))
 
 
-# Activations that a convolution's kernel can compute on its way out, as oneDNN and its PyTorch operators call them.
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+# Activations that a convolution's kernel can compute on its way out.
 ACTS: dict[str, Any] = {
     "relu": F.relu,
-    "relu6": hardtanh_six,
+    "hardtanh": F.hardtanh,
     "silu": F.silu,
     "hardswish": F.hardswish,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardsigmoid": F.hardsigmoid,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "mish": F.mish,
 }
+
+
+class Affine(nn.Module):
+    """`scale · x + shift`, by channel (C,); x (N, C, …)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        scale, shift = (row.view(-1, *(1,) * (x.dim() - 2)) for row in (self.scale, self.shift))
+        return torch.addcmul(shift, x, scale)
 
 
 class Enter(nn.Module):
@@ -96,6 +129,18 @@ class OutSize(nn.Module):
         )
 
 
+class Carrier(nn.Module):
+    """What a pooling of both bands gives of a high band without channels: its new size."""
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, high: Tensor) -> Tensor:
+        """high (N, 0, H, W)."""
+        return carrier(self.window, high)
+
+
 class LowPool(nn.Module):
     """What a pooling of both bands does to the low one."""
 
@@ -110,11 +155,6 @@ class LowPool(nn.Module):
         geometry = (pool.low_kernel, pool.low_stride, pool.left)
         return pool.window.kind == "average" and pool.window.divisor is None and geometry == ((2, 2), (2, 2), (0, 0))
 
-    @property
-    def takes_greatest(self) -> bool:
-        """Whether it takes the greatest value of windows over two axes."""
-        return self.pool.window.kind == "max" and len(self.pool.low_kernel) == 2
-
     def forward(self, low: Tensor, pooled: Tensor) -> Tensor:
         """`pooled` is the pooled high band, whose size the result fits."""
         return self.pool.pool_low(low, pooled.shape[2:])
@@ -123,3 +163,62 @@ class LowPool(nn.Module):
 def empty_high(low: Tensor, size: Sequence[int]) -> Tensor:
     """A high band of no channels, which carries the size."""
     return low.new_empty((low.shape[0], 0, *low.shape[2 : low.dim() - len(size)], *size))
+
+
+def grid_of(x: Tensor) -> tuple[int, ...]:
+    """A map's height and width."""
+    return tuple(x.shape[2:])
+
+
+def half_of(x: Tensor) -> tuple[int, ...]:
+    """Those of its low band."""
+    return halve(x.shape[2:])
+
+
+def scaled_grid(x: Tensor, factors: Sequence[float]) -> tuple[int, ...]:
+    """A map's height and width, each times a factor."""
+    return tuple(int(length * factor) for length, factor in zip(x.shape[2:], factors, strict=True))
+
+
+def last_of(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def flat_of(x: Tensor) -> Tensor:
+    """(N, C, 1, 1) to (N, C)."""
+    return x.flatten(1)
+
+
+def moments(bands: Sequence[Tensor], eps: float) -> Tensor:
+    """What centres and scales each position of a map, or of both bands' high one: (N, 3, H, W) for `Centred`."""
+    mean, factor, _ = _moments(bands, eps)
+    return torch.cat([mean, factor, torch.zeros_like(mean)], 1)
+
+
+def low_moments(bands: Sequence[Tensor], eps: float) -> Tensor:
+    """The same for the low band: `x_l · D(1/σ) - D(μ/σ)`, around the band's own mean."""
+    mean, factor, raised = _moments(bands, eps)
+    own = bands[1].mean(1, keepdim=True)
+    return torch.cat([own, pool_low(factor, 2), pool_low((raised - mean) * factor, 2)], 1)
+
+
+def _moments(bands: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    size = bands[0].shape[2:]
+    parts = [up_to(band, size) for band in bands]
+    whole = torch.cat(parts, 1)
+    variance, mean = torch.var_mean(whole, 1, correction=0, keepdim=True)
+    return mean, (variance + eps).rsqrt(), parts[-1].mean(1, keepdim=True)
+
+
+class Centred(nn.Module):
+    """`((x - m₀) · m₁ + m₂) · scale + shift`, m by position and the others by channel."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.affine = Affine(scale, shift)
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        """x (N, C, H, W), by (N, 3, H, W)."""
+        centre, factor, rest = (by.narrow(1, index, 1) for index in range(3))
+        return self.affine((x - centre) * factor + rest)

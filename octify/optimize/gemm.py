@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
-from octify.optimize.forms import ACTS
+from octify.optimize.forms import activate
 
 
 def can_multiply(conv: nn.Conv2d) -> bool:
@@ -37,7 +35,7 @@ class GemmConv(nn.Module):
             if self.bias is not None:
                 out.add_(self.bias)
         if self.act:
-            out = out.relu_() if self.act == "relu" else cast(Tensor, ACTS[self.act](out))
+            out = out.relu_() if self.act == "relu" else activate(out, self.act)
         return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

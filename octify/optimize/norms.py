@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any, cast
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -19,7 +20,7 @@ from octify.layers import OctConv
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 
 
 def fold_norms(module: fx.GraphModule) -> int:
@@ -34,6 +35,8 @@ def fold_norms(module: fx.GraphModule) -> int:
             continue
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) > 1 or not _fold(module, source, norm, calls):
+            if type(norm) is BatchNormAct2d:
+                _part(module, node, cast(Any, norm))
             continue
         folded += 1
         if type(norm) in WITH_ACT:
@@ -42,6 +45,20 @@ def fold_norms(module: fx.GraphModule) -> int:
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
     return folded
+
+
+def _part(module: fx.GraphModule, node: fx.Node, norm: Any) -> None:
+    """A norm and its activation one behind the other, so that what sees norms sees this one."""
+    path = str(node.target)
+    plain: Any = nn.BatchNorm2d(norm.num_features, norm.eps, affine=False, device="meta")
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(plain, name, getattr(norm, name))
+    set_module(module, path, plain.eval())
+    set_module(module, f"{path}_act", norm.act)
+    with module.graph.inserting_after(node):
+        act = module.graph.call_module(f"{path}_act", (node,))
+    node.replace_all_uses_with(act)
+    act.args = (node,)
 
 
 def _fold(module: fx.GraphModule, source: fx.Node, norm: nn.Module, calls: Counter[str]) -> bool:

@@ -7,18 +7,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from octify.optimize.forms import ACTS
+from octify.optimize.forms import activate
 
-# How oneDNN's PyTorch operators call an activation, and its numbers.
-ATTRS: dict[str, tuple[str, tuple[float, ...], str]] = {
-    "": ("none", (), ""),
-    "relu": ("relu", (), ""),
-    "relu6": ("hardtanh", (0.0, 6.0), ""),
-    "silu": ("swish", (), ""),
-    "hardswish": ("hardswish", (), ""),
-    "sigmoid": ("sigmoid", (), ""),
-    "tanh": ("tanh", (), ""),
-    "hardsigmoid": ("hardsigmoid", (), ""),
+# How oneDNN's PyTorch operators call an activation, and their word for its kind. Others follow the convolution.
+ATTRS = {
+    "relu": ("relu", ""),
+    "hardtanh": ("hardtanh", ""),
+    "silu": ("swish", ""),
+    "hardswish": ("hardswish", ""),
+    "sigmoid": ("sigmoid", ""),
+    "tanh": ("tanh", ""),
+    "hardsigmoid": ("hardsigmoid", ""),
+    "leaky_relu": ("leaky_relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
 }
 
 
@@ -44,8 +46,10 @@ class PackedConv(nn.Module):
         self.size: torch.Size | None = None
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.act, self.overwrite = act, overwrite
-        name, numbers, algorithm = ATTRS[act]
-        self.unary = (name, list(numbers), algorithm)
+        name, *numbers = act.split() or [""]
+        self.follows = bool(act) and name not in ATTRS
+        attribute, algorithm = ATTRS.get(name, ("none", ""))
+        self.unary = (attribute, [] if self.follows else [float(number) for number in numbers], algorithm)
         self.shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
 
     def pack(self, size: torch.Size) -> None:
@@ -62,7 +66,8 @@ class PackedConv(nn.Module):
             self.pack(x.shape)
         geometry = (self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         if onto is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *geometry, *self.unary)
+            out = torch.ops.mkldnn._convolution_pointwise(x, *geometry, *self.unary)
+            return activate(out, self.act) if self.follows else out
         # After a sum, oneDNN's operators know no activation but this one.
         sum_: tuple[Any, ...] = ("add", 1.0, "relu" if self.act == "relu" else None, [], None)
         if self.overwrite:
@@ -70,7 +75,7 @@ class PackedConv(nn.Module):
         else:
             onto = onto.contiguous(memory_format=torch.channels_last)
             out = torch.ops.mkldnn._convolution_pointwise(x, onto, *geometry, *sum_)
-        return out if self.act in ("", "relu") else ACTS[self.act](out)
+        return out if self.act in ("", "relu") else activate(out, self.act)
 
     def extra_repr(self) -> str:
         """Geometry, activation and whether it overwrites."""

@@ -7,42 +7,81 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.layers.activations import HardSigmoid, HardSwish, Sigmoid, Swish, Tanh
+from timm.layers.activations import GELU, GELUTanh, HardSigmoid, HardSwish, Mish, Sigmoid, Swish, Tanh
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from octify.graph import get_module, named_modules, set_module, value_of
+from octify.graph import get_module, has_hooks, named_modules, set_module, value_of
+from octify.modes import ModeCall
 from octify.optimize.forms import PadSame, join
 from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
+from octify.rules.conv import SCALED, STANDARDISED, plain_conv
+from octify.rules.join import SharedDrop
 
 IDLE = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     DropPath, StochasticDepth,
 )  # fmt: skip
+DROPOUTS: tuple[Any, ...] = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADDS: tuple[Any, ...] = (operator.add, cast(Any, operator).iadd, torch.add)
 MODULE_ACTS: dict[type, str] = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh", nn.Hardsigmoid: "hardsigmoid", Swish: "silu", HardSwish: "hardswish", Sigmoid: "sigmoid",
-    Tanh: "tanh", HardSigmoid: "hardsigmoid",
+    nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+    nn.Hardsigmoid: "hardsigmoid", nn.Mish: "mish", Swish: "silu", HardSwish: "hardswish", Sigmoid: "sigmoid",
+    Tanh: "tanh", HardSigmoid: "hardsigmoid", Mish: "mish", GELUTanh: "gelu_tanh",
+}  # fmt: skip
+# Those with numbers, and where a module keeps them.
+NUMBERED_ACTS: dict[type, tuple[str, tuple[str, ...]]] = {
+    nn.ReLU6: ("hardtanh", ("min_val", "max_val")), nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)), nn.ELU: ("elu", ("alpha",)),
 }  # fmt: skip
 FUNCTION_ACTS: dict[Callable[..., Any], str] = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "relu6", F.silu: "silu",
-    F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.hardsigmoid: "hardsigmoid",
-    torch.tanh: "tanh", F.tanh: "tanh",
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu6: "hardtanh 0.0 6.0",
+    F.silu: "silu", F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
+    F.hardsigmoid: "hardsigmoid", torch.tanh: "tanh", F.tanh: "tanh", F.mish: "mish", F.gelu: "gelu",
+    F.leaky_relu: "leaky_relu", F.elu: "elu", F.hardtanh: "hardtanh",
+}  # fmt: skip
+# What those with numbers are called with.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "leaky_relu": {"negative_slope": 0.01}, "elu": {"alpha": 1.0}, "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "gelu": {"approximate": "none"},
 }  # fmt: skip
 METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 
 def settle_weights(module: fx.GraphModule) -> int:
-    """Before: weights computed at each call (weight norm).   After: the weights."""
-    found = [(path, child) for path, child in named_modules(module) if path and computed_by(child)]
-    for path, child in found:
-        set_module(module, path, settled(child))
+    """Before: weights computed at each call (weight norm, standardisation).   After: the weights."""
+    found = [(path, settled(child)) for path, child in named_modules(module) if path and computed_by(child)]
+    for path, child in named_modules(module):
+        if type(child) in (*STANDARDISED, *SCALED):
+            found.append((path, plain_conv(child)))
+    for path, made in found:
+        set_module(module, path, made)
+    return len(found)
+
+
+class Hooked(nn.Module):
+    """A module that something runs around: no pass knows this type, so each leaves it as it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module, hooks included."""
+        return self.module(*args, **kwargs)
+
+
+def keep_hooked(module: fx.GraphModule) -> int:
+    """Before: a module with hooks.   After: the same inside of one that no other pass takes apart."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    found = [path for path in called if has_hooks(get_module(module, path))]
+    for path in found:
+        set_module(module, path, Hooked(get_module(module, path)))
     return len(found)
 
 
@@ -75,11 +114,23 @@ def drop_idle(module: fx.GraphModule) -> int:
     """Before: x → dropout (eval) → y.   After: x → y."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and type(get_module(module, str(node.target))) in IDLE and len(node.args) == 1:
+        found = get_module(module, str(node.target)) if node.op == "call_module" else None
+        if type(found) is SharedDrop:
+            for reader in list(node.users):
+                reader.replace_all_uses_with(cast(fx.Node, node.args[cast(int, reader.args[1])]))
+                module.graph.erase_node(reader)
+        elif len(node.args) == 1 and (type(found) in IDLE or _is_dropout(found)):
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
-            module.graph.erase_node(node)
-            count += 1
+        else:
+            continue
+        module.graph.erase_node(node)
+        count += 1
     return count
+
+
+def _is_dropout(found: nn.Module | None) -> bool:
+    """Whether a module calls functional dropout, in whatever mode it is in."""
+    return isinstance(found, ModeCall) and found.function in DROPOUTS
 
 
 def share_pools(module: fx.GraphModule) -> int:
@@ -103,7 +154,8 @@ def gather_sums(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in ADDS or len(node.args) != 2 or node.kwargs:
             continue
-        if not all(isinstance(term, fx.Node) and _shape(term) == _shape(node) for term in node.args):
+        shape = _shape(node)  # none of a sum of sizes
+        if not shape or not all(isinstance(term, fx.Node) and _shape(term) == shape for term in node.args):
             continue
         parts = [_parts(cast(fx.Node, term)) for term in node.args]
         with module.graph.inserting_before(node):
@@ -161,12 +213,38 @@ def gather_acts(module: fx.GraphModule) -> int:
 
 
 def act_of(module: fx.GraphModule, node: fx.Node) -> str:
-    """The name in `forms.ACTS` of an activation's node, else nothing."""
+    """The activation of a node as `forms.activate` knows it, else nothing."""
     if node.op == "call_module":
-        return MODULE_ACTS.get(type(get_module(module, str(node.target))), "")
-    extra = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    if extra or len(node.all_input_nodes) != 1 or len(node.args) != 1:
+        return act_of_module(get_module(module, str(node.target)))
+    if len(node.all_input_nodes) != 1 or not node.args or node.args[0] is not node.all_input_nodes[0]:
         return ""
-    if node.op == "call_function":
-        return FUNCTION_ACTS.get(cast(Any, node.target), "")
-    return METHOD_ACTS.get(str(node.target), "") if node.op == "call_method" else ""
+    if node.op == "call_method":
+        return METHOD_ACTS.get(str(node.target), "") if len(node.args) == 1 and not node.kwargs else ""
+    name = FUNCTION_ACTS.get(cast(Any, node.target), "") if node.op == "call_function" else ""
+    known = ARGUMENTS.get(name, {})
+    given = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    if not set(given) <= set(known) or len(node.args) - 1 > len(known):
+        return ""
+    found: dict[str, Any] = {**known, **dict(zip(known, node.args[1:], strict=False)), **given}
+    return _numbered(name, list(found.values()))
+
+
+def act_of_module(module: nn.Module) -> str:
+    """A module's activation as `forms.activate` knows it, else nothing."""
+    found, kind = cast(Any, module), type(module)
+    if kind in NUMBERED_ACTS:
+        name, attributes = NUMBERED_ACTS[kind]
+        return _numbered(name, [getattr(found, attribute) for attribute in attributes])
+    if kind is nn.GELU:
+        return _numbered("gelu", [found.approximate])
+    if kind is GELU:
+        return "gelu"
+    if kind is nn.PReLU and found.weight.numel() == 1:
+        return _numbered("leaky_relu", [found.weight.item()])
+    return MODULE_ACTS.get(kind, "")
+
+
+def _numbered(name: str, numbers: list[Any]) -> str:
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(numbers[0], "")
+    return " ".join([name, *(repr(float(number)) for number in numbers)])

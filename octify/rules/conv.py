@@ -145,20 +145,29 @@ def _reason_for_dense(op: Op, source: Map | Plain, shape: tuple[int, ...], spati
 def make_octave(conv: Any, reads: Layout, gives: Layout, options: dict[str, Any]) -> OctConv:
     """The octave convolution that takes a convolution's place."""
     more: dict[str, Any] = {}
-    if _pads_same(conv):
+    if pads_same(conv):
         more["padding"] = "same_dynamic"
     if type(conv) in (*STANDARDISED, *SCALED):
-        more["weight"] = _standardised(conv)
+        more["weight"] = standardised_weight(conv)
     return OCTAVE[len(conv.kernel_size)].from_conv(conv, reads, gives, **options, **more)
 
 
-def _pads_same(conv: Any) -> bool:
+def pads_same(conv: Any) -> bool:
     """Whether timm pads at run time; its standardising kinds decide that when they are built."""
     return type(conv) in SAME and getattr(conv, "same_pad", True)
 
 
+def plain_conv(conv: nn.Module) -> nn.Module:
+    """PyTorch's convolution (or timm's that pads by size) with the weight that a standardising one convolves with."""
+    held, kind = cast(Any, conv), Conv2dSame if pads_same(conv) else nn.Conv2d
+    geometry = (held.kernel_size, held.stride, held.padding, held.dilation, held.groups)
+    made: Any = kind(held.in_channels, held.out_channels, *geometry, held.bias is not None, device="meta")
+    made.weight, made.bias = nn.Parameter(standardised_weight(held), requires_grad=False), held.bias
+    return made.train(conv.training)
+
+
 @torch.no_grad()
-def _standardised(conv: Any) -> Tensor:
+def standardised_weight(conv: Any) -> Tensor:
     """The weight that a weight-standardising convolution convolves with, exact for what it holds now."""
     flat = conv.weight.reshape(1, conv.out_channels, -1)
     gain = (conv.gain * conv.scale).view(-1) if type(conv) in SCALED else None

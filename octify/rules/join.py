@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 
 from octify.graph import input_nodes, map_nodes, value_of
 from octify.layers import pool_low
-from octify.layout import Layout
+from octify.layout import Layout, run_of
 from octify.modes import ModeCall
 from octify.ops import take_channels
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
@@ -111,9 +111,11 @@ def _operand(op: Op, build: Build, node: fx.Node, like: Map, layout: Layout) -> 
     if role == "vector" and len(like.channel) > 1:
         dense = build.method("flatten", dense, first, first + len(like.channel) - 1)
     if role == "vector":
-        return tuple(
-            build.function(take_channels, dense, index, first) for index in (layout.high_index, layout.low_index)
-        )  # type: ignore
+        high, low = (
+            build.function(take_channels, dense, run_of(index), first)
+            for index in (layout.high_index, layout.low_index)
+        )
+        return high, low
     if like.channel != (1,) or missing:
         raise Dense("a spatial gate on a map with its axes in another order")
     return dense, build.function(pool_low, dense, len(like.spatial))

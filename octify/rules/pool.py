@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from octify.graph import input_nodes
+from octify.layout import run_of
 from octify.ops import global_max, global_mean, global_sum, over_channels, over_parts
 from octify.pooling import OctPool, Window
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
@@ -90,7 +91,7 @@ class GlobalPool(Rule):
     def emit(self, op: Op, build: Build) -> fx.Node:
         """One function over both bands."""
         source: Bands = build.value(input_nodes(op.node)[0])
-        found, order = source.map, source.layout.order
+        found, order = source.map, run_of(source.layout.order)
         axes, keep = cast(Reduction, self.reduces(op, found))
         time = len(axes) > len(found.spatial)
         bands = source.high, source.low

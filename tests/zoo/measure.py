@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from octify import load, save
-from octify.conversion import Conversion
-from octify.convert import apply_plan, example_of
-from octify.graph import meta_copy, sharing_copy
-from octify.origin import origin_of, set_origin
-from octify.plan import Flows, Plan, make_plan
+from octify.convert import example_of
+from octify.graph import meta_copy
 from octify.recipe import Recipe
-from octify.trace import SIZED, trace_model
+from octify.trace import SIZED
 from octify.zoo import build_model, input_shape
 from tests.zoo import detect
-from tests.zoo.compare import (
-    NUDGE,
-    Forward,
-    brief,
-    equal,
-    flat_error,
-    flattened,
-    home,
-    map_tensors,
-    part_inputs,
-    recoloured,
-    run,
-    sensitivity,
-    tensors,
-    try_run,
-    with_gradient,
-)
-from tests.zoo.constant import first_uneven, spread_gains
+from tests.zoo.compare import brief, tensors, try_run
+from tests.zoo.constant import spread_gains
 from tests.zoo.count import ALPHA, Counted, count, macs
 from tests.zoo.describe import adapters, listed, octave_targets, opaque, stems, why_dense
-from tests.zoo.row import Row
+from tests.zoo.proofs import Proofs, step
+from tests.zoo.row import TOO_LARGE, Row
 
-REAL_LIMIT = 250e6  # parameters
-TRAIN_LIMIT = 150e6
 SMALL = (64, 96, 128, 160, 192)
 FRAMES = 8  # of a clip, for the oracles
-CLOSE = 1e-4
-COLOURS = 4  # tried where rounding is in the way
 
 
-def measure(name: str, family: str = "", limit: float = REAL_LIMIT, tell: Callable[[Row], None] | None = None) -> Row:
+def measure(name: str, family: str = "", limit: float = float("inf"), tell: Callable[[Row], None] | None = None) -> Row:
     """Fills a row; whatever fails says so in it. Networks of more than `limit` parameters stay on meta.
 
     `tell` is given the row as it is before the oracles, which take most of the time.
@@ -85,12 +58,13 @@ _real_batch_norm = torch.batch_norm
 class _Census:
     """One network's way through the census."""
 
+    share: float | None = None  # the convolutions' share, where not all of the network counts for it
+
     def __init__(self, row: Row, name: str, ghost: nn.Module, limit: float) -> None:
         self.row = row
         self.name = name
         self.limit = limit
         self.ghost = ghost
-        self.recipe = Recipe.uniform(ALPHA)
         self.parameters = sum(parameter.numel() for parameter in ghost.parameters())
 
     def run(self, tell: Callable[[Row], None] | None) -> None:
@@ -103,14 +77,13 @@ class _Census:
         row.spatial_convolutions = str(self.counted.spatial)
         if not row.is_cnn:
             return
-        self.real = self.parameters <= self.limit
-        if not self.real:
-            row.say("oracles", f"not run, {self.parameters / 1e6:.0f} M parameters are more than a worker holds")
-        self.model = spread_gains(build_model(self.name)) if self.real else self.ghost
-        self.source = sharing_copy(self.model).eval()
-        with self._step("convert"):
-            self.converted, self.decided = self._convert(self.model, self.recipe)
-            self.origin = origin_of(self.converted)
+        real = self.parameters <= self.limit
+        if not real:
+            row.say("oracles", f"{TOO_LARGE}, {self.parameters / 1e6:.0f} M parameters are more than a worker holds")
+        proofs = Proofs(row, self._build if real else lambda: self.ghost, self._ready)
+        with step(row, "convert"):
+            dtype = next(p.dtype for p in proofs.source.parameters())
+            self.converted, self.decided = proofs.convert(Recipe.uniform(ALPHA), self._example(dtype))
             row.traced = self.decided.how
             row.converted = "yes" if self.decided.converted else "no"
             if not self.decided.converted:
@@ -118,30 +91,27 @@ class _Census:
         if not row.converted:
             return
         self._describe()
-        self._sizes()
+        self._sizes(proofs)
         row.runs_default = row.runs_default or "no"
-        if self.real:
+        if real:
             if tell is not None:
                 tell(row)
-            with self._step("oracles"):
-                self._oracles()
+            del self.converted  # the proofs let it go
+            with step(row, "oracles"):
+                self._prove(proofs)
 
-    share: float | None = None  # the convolutions' share, where not all of the network counts for it
+    def _build(self) -> nn.Module:
+        """The network with weights that show every branch."""
+        return spread_gains(build_model(self.name))
+
+    def _ready(self, model: nn.Module) -> nn.Module:
+        """A model for the images of the oracles."""
+        return model
 
     def _count(self) -> Counted:
         self.shapes = input_shape(self.name)
         example = example_of(self.ghost, None)
         return count(self.ghost, lambda: self.ghost(*example))
-
-    def _convert(self, model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Plan]:
-        """As `octify.convert`, and its plan; also at alpha 0. A model is traced once."""
-        if self.reading is None:
-            self.reading = Conversion.read(model, recipe, self._example(next(p.dtype for p in model.parameters())))
-        reading = self.reading.again(recipe)
-        decided = reading.plan()
-        return reading.apply(decided), decided
-
-    reading: Conversion | None = None
 
     def _example(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return tuple(torch.empty(2, *shape, device="meta", dtype=dtype) for shape in self.shapes)
@@ -161,9 +131,9 @@ class _Census:
 
     # Sizes on meta tensors.
 
-    def _sizes(self) -> None:
+    def _sizes(self, proofs: Proofs) -> None:
         self.octave = meta_copy(self.converted).eval().requires_grad_(False)
-        with self._step("run at default size"):
+        with step(self.row, "run at default size"):
             # What was traced for a batch of two runs with that only.
             shape = 2 if self.row.traced == "fixed" else 1
             inputs = [torch.empty(shape, *size, device="meta") for size in self.shapes]
@@ -194,17 +164,14 @@ class _Census:
                     self.row.say("another size", fixed + brief(error))
         self.row.runs_other = "-" if not done else "no" if "no" in done else "yes"
 
-    # Oracles on real tensors.
+    # Real tensors.
 
-    def _oracles(self) -> None:
+    def _prove(self, proofs: Proofs) -> None:
         image = self._small_image()
         if image is None:
             self.row.say("oracles", "the source runs on none of the sizes")
             return
-        self._oracle1(image)
-        self._oracle2(image)
-        self._save_load(image)
-        self._train_step(lambda model: model(*image))
+        proofs.run(image, lambda model: model(*image))
 
     def _small_image(self) -> tuple[Tensor, ...] | None:
         """Random images of the smallest size at which the source runs, one alone if that is its default of some hundred
@@ -220,96 +187,6 @@ class _Census:
                 if all(try_run(net.train(mode), ghosts) is not None for net in nets for mode in (True, False)):
                     return image
         return None
-
-    def _oracle1(self, image: tuple[Any, ...]) -> None:
-        with self._step("oracle 1"):
-            same = self._convert(self.model, Recipe.uniform(0.0))[0].eval()
-            source = self._ready(self.source.eval())
-            with torch.no_grad():
-                bits = equal(run(source, image), run(self._ready(same), image))
-            keys = list(same.state_dict()) == list(source.state_dict())
-            self.row.oracle1 = "exact" if bits and keys else "no"
-            if self.row.oracle1 == "no":
-                self.row.say("oracle 1", "the output differs" if not bits else "the keys differ")
-        self.row.oracle1 = self.row.oracle1 or "no"
-
-    def _ready(self, model: nn.Module) -> nn.Module:
-        """A model for the images of the oracles."""
-        return model
-
-    def _oracle2(self, image: tuple[Any, ...]) -> None:
-        with self._step("oracle 2"):
-            reading = self.reading
-            flats = part_inputs(self.source, [path for path, _ in reading.parts], flattened(image))
-            worst = 0.0
-            for path, flows in reading.parts:
-                nets = [net.eval().get_submodule(path) for net in (self.source, self.converted)]
-                error = flat_error(*nets, flats[path])
-                if not error < CLOSE:
-                    error = self._oracle2_again(nets[0], flows, flats[path], error)
-                worst = max(worst, error)
-            self.row.oracle2 = f"{worst:.1e}"
-        self.row.oracle2 = self.row.oracle2 or "failed"
-
-    def _oracle2_again(self, part: nn.Module, flows: Flows, flat: Any, single: float) -> float:
-        """Rounding, or a fault? Everything once more in double precision, where rounding is 1e-16, and of several
-        colours the best one: norms by few channels divide by next to nothing at some, while a fault shows at all.
-        """
-        source = copy.deepcopy(part).double().eval()
-        example = map_tensors(flows.trace.inputs, Tensor.double)
-        again = Flows(trace_model(source, example, (flows.trace.how,)), flows.recipe, flows.prefix, flows.image)
-        octave = apply_plan(again, make_plan(again)).eval()
-        error, best, where = float("inf"), flat, ""
-        for seed in range(COLOURS):
-            colour = map_tensors(flat, recoloured(seed))
-            if (found := flat_error(source, octave, colour)) < error:
-                error, best = found, colour
-            where = "" if error < CLOSE else first_uneven(source, *best)
-            if error < CLOSE or where:
-                break
-        if error < CLOSE:
-            self.row.say("oracle 2", f"rounding, {single:.1e} in single precision")
-        elif where:
-            self.row.say("oracle 2", f"{where} depends on position: its map of a constant image is uneven")
-        elif (moved := sensitivity(source, best)) >= error / 4:
-            self.row.say("oracle 2", f"the source itself moves by {moved:.1e} when a constant image does by {NUDGE:g}")
-        else:
-            self.row.say("oracle 2", "a fault")
-        return error
-
-    def _train_step(self, forward: Forward) -> None:
-        if self.parameters > TRAIN_LIMIT:
-            self.row.train_step = "-"
-            return
-        with self._step("train step"):
-            wanted = with_gradient(self.source.train(), forward)
-            given = with_gradient(self.converted.train(), forward)
-            homes = {home(name) for name in wanted}
-            missing = [
-                name for name, _ in self.converted.named_parameters() if name not in given and home(name) in homes
-            ]
-            self.row.train_step = "no" if missing else "yes"
-            if missing:
-                self.row.say("train step", f"no gradient for {', '.join(missing[:4])} ({len(missing)} in all)")
-        self.row.train_step = self.row.train_step or "no"
-
-    def _save_load(self, image: tuple[Any, ...]) -> None:
-        with self._step("save and load"), tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "net.safetensors"
-            set_origin(self.converted, self.origin.named(self.name))
-            save(self.converted.eval(), path)
-            again = self._ready(load(path).eval())
-            with torch.no_grad():
-                same = equal(run(self.converted, image), run(again, image))
-            self.row.save_load = "equal" if same else "differs"
-        self.row.save_load = self.row.save_load or "failed"
-
-    @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.row.say(name, brief(error))
 
 
 def _cut(shape: tuple[int, ...], frames: int, size: int) -> tuple[int, ...]:
@@ -337,28 +214,25 @@ class _Detector(_Census):
     def _example(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.empty(1, 3, detect.SIZE, detect.SIZE, device="meta", dtype=dtype),)
 
-    def _convert(self, model: nn.Module, recipe: Recipe) -> tuple[nn.Module, Plan]:
-        return super()._convert(detect.shrink(model), recipe)
+    def _build(self) -> nn.Module:
+        return detect.shrink(super()._build())
 
-    def _sizes(self) -> None:
-        with self._step("run at default size"), torch.no_grad():
+    def _ready(self, model: nn.Module) -> nn.Module:
+        return detect.shrink(model, self.side)
+
+    def _sizes(self, proofs: Proofs) -> None:
+        with step(self.row, "run at default size"), torch.no_grad():
             self.converted.eval()(detect.images(detect.SIZE, 1))
             self.row.runs_default = "yes"
-            before, after = detect.parts_macs(self.model, self.converted, self.calls)
+            before, after = detect.parts_macs(proofs.source, self.converted, self.calls)
             self.row.mac_ratio = f"{1 - (before - after) / self.counted.weighted:.3f}"
-        with self._step("another size"), torch.no_grad():
+        with step(self.row, "another size"), torch.no_grad():
             self.converted.transform.fixed_size = (301, 277)
             self.converted.eval()([torch.rand(3, 301, 277)])
             self.row.runs_other = "yes"
 
-    def _oracles(self) -> None:
-        images = detect.small_images(self.source)
+    def _prove(self, proofs: Proofs) -> None:
+        images = detect.small_images(proofs.source)
         self.side = images[0].shape[-1]
-        self._ready(self.converted)
-        self._oracle1((images,))
-        self._oracle2((images,))
-        self._save_load((images,))
-        self._train_step(lambda model: model(images, detect.targets(images)))
-
-    def _ready(self, model: nn.Module) -> nn.Module:
-        return detect.shrink(model, self.side)
+        self._ready(proofs.converted)
+        proofs.run((images,), lambda model: model(images, detect.targets(images)))

@@ -40,7 +40,7 @@ template <int G, int K, int S, bool INSIDE>
 ALWAYS_INLINE void add_known(const Reader& from, int64_t channel, int64_t valid, vec (&sum)[ALONG][1]) {
   constexpr int COLUMNS = (ALONG - 1) * S + K;
   const Conv& conv = *from.conv;
-  const int64_t pitch = from.x->c, channels = (from.x->c + WIDE - 1) / WIDE * WIDE;
+  const int64_t pitch = from.x->pitch, channels = (from.x->c + WIDE - 1) / WIDE * WIDE;
   for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
     if (!from.lines[kh]) continue;
     const float* weight = conv.weight + kh * K * G * channels + channel;
@@ -74,7 +74,7 @@ ALWAYS_INLINE void add_known(const Reader& from, int64_t channel, int64_t valid,
 template <int G>
 ALWAYS_INLINE void add_any(const Reader& from, int64_t channel, int count, int64_t valid, vec (&sum)[ALONG][1]) {
   const Conv& conv = *from.conv;
-  const int64_t pitch = from.x->c, channels = (from.x->c + WIDE - 1) / WIDE * WIDE;
+  const int64_t pitch = from.x->pitch, channels = (from.x->c + WIDE - 1) / WIDE * WIDE;
   for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
     if (!from.lines[kh]) continue;
     const float* weight = conv.weight + kh * conv.kernel[1] * G * channels + channel;
@@ -159,15 +159,19 @@ static void find_lines(const Conv& conv, const Map& x, const Map& out, int64_t t
   for (int64_t row = top; row < end; ++row)
     for (int64_t kh = 0; kh < conv.kernel[0]; ++kh) {
       const int64_t h = row % out.h * conv.stride[0] + kh * conv.dilation[0] - conv.before[0];
-      lines.push_back(h >= 0 && h < x.h ? x.data + (row / out.h * x.h + h) * x.w * x.c : nullptr);
+      lines.push_back(h >= 0 && h < x.h ? x.data + (row / out.h * x.h + h) * x.w * x.pitch : nullptr);
     }
 }
 
 static void run_grouped(const Step& step, const Map* maps, int threads) {
   const Map& out = maps[step.out];
   const Ways way = ways_for(step);
+  Conv convs[4];
   int64_t taps = 0;
-  for (int64_t i = 0; i < step.convs; ++i) taps += step.conv[i].kernel[0] * step.conv[i].kernel[1] * step.conv[i].span;
+  for (int64_t i = 0; i < step.convs; ++i) {
+    convs[i] = settled(step.conv[i], maps, out);
+    taps += convs[i].kernel[0] * convs[i].kernel[1] * convs[i].span;
+  }
   const int64_t together = std::max<int64_t>(1, WEIGHTS / (4 * LANES * taps)) * LANES;
   const int64_t tiles = (out.w + ALONG - 1) / ALONG;
 
@@ -178,8 +182,8 @@ static void run_grouped(const Step& step, const Map* maps, int threads) {
     Readers from;
     from.count = step.convs;
     for (int64_t i = 0; i < step.convs; ++i) {
-      from.of[i].conv = &step.conv[i], from.of[i].x = &maps[step.conv[i].input.map];
-      find_lines(step.conv[i], *from.of[i].x, out, top, end, lines[i]);
+      from.of[i].conv = &convs[i], from.of[i].x = &maps[convs[i].input.map];
+      find_lines(convs[i], *from.of[i].x, out, top, end, lines[i]);
     }
     for (int64_t block = 0; block < out.c; block += together)
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -188,13 +192,13 @@ static void run_grouped(const Step& step, const Map* maps, int threads) {
         const int64_t count = std::min<int64_t>(ALONG, out.w);
         bool inside = way.inside != nullptr && count == ALONG;
         for (int64_t i = 0; i < step.convs; ++i) {
-          const Conv& conv = step.conv[i];
+          const Conv& conv = convs[i];
           const int64_t left = first * conv.stride[1] - conv.before[1];
           from.of[i].left = left;
           inside &= left >= 0 && left + (ALONG - 1) * conv.stride[1] + conv.kernel[1] <= maps[conv.input.map].w;
         }
         for (int64_t row = 0; row < end - top; ++row) {
-          for (int64_t i = 0; i < step.convs; ++i) from.of[i].lines = lines[i].data() + row * step.conv[i].kernel[0];
+          for (int64_t i = 0; i < step.convs; ++i) from.of[i].lines = lines[i].data() + row * convs[i].kernel[0];
           for (int64_t c = block; c < std::min(block + together, out.c); c += LANES)
             (inside && c + LANES <= out.c ? way.inside : way.anywhere)(from, to, row * out.w + first, c, count);
         }

@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # What not every compiler knows; the first set that it takes is used.
 TRIES = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-TIMEOUT = 120.0
+TIMEOUT = 600.0
 
 
 class Library:

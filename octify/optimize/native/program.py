@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from octify.errors import BackendError
 from octify.optimize.native.library import ALIGN, Library, load_library, why_not
 from octify.optimize.native.sizes import Halved, Like
-from octify.optimize.native.steps import CMap, CStep, Kind, Shape, Sizes, Step, structure
+from octify.optimize.native.steps import Kind, Shape, Sizes, Step
+from octify.optimize.native.structures import CMap, CStep, structure
 
 KEPT = 16  # input sizes that a thread stays ready for
 
@@ -27,6 +28,7 @@ class Bound:
     maps: Any
     room: Tensor
     outputs: tuple[Shape, ...]
+    parts: tuple[tuple[int, int, int], ...]  # of inputs and outputs: value, whose part it is, first channel
 
 
 # A compiled graph knows a program by its number.
@@ -82,6 +84,8 @@ class Program(nn.Module):
             result = torch.empty((n, h, w, c)).permute(0, 3, 1, 2)
             maps[value].data = result.data_ptr()
             results.append(result)
+        for value, whole, first in bound.parts:
+            maps[value].data = maps[whole].data + 4 * first
         loaded.run(steps, len(steps), maps, zeros.data_ptr(), torch.get_num_threads())
         return results
 
@@ -122,33 +126,52 @@ class Program(nn.Module):
         return sizes
 
     def _bind(self, loaded: Library, shapes: tuple[Shape, ...]) -> Bound:
-        sizes = self.sizes(shapes)
+        sizes, wholes = self.sizes(shapes), self._wholes()
         starts, total = self._places(sizes)
         room = loaded.room(total)
         base = room.data_ptr()
         maps = (CMap * (max(sizes) + 1))()
+        parts: list[tuple[int, int, int]] = []
         for value, (n, c, h, w) in sizes.items():
-            maps[value] = CMap(base + 4 * starts[value] if value in starts else None, n, h, w, c)
-        return Bound(maps, room, tuple(sizes[value] for value in self.outputs))
+            whole, first = wholes.get(value, (value, 0))
+            start = base + 4 * (starts[whole] + first) if whole in starts else None
+            maps[value] = CMap(start, n, h, w, c, sizes[whole][1])
+            if start is None and whole != value:
+                parts.append((value, whole, first))
+        return Bound(maps, room, tuple(sizes[value] for value in self.outputs), tuple(parts))
+
+    def _wholes(self) -> dict[int, tuple[int, int]]:
+        """The values that are parts of others: of which, and its channel at which they begin."""
+        found: dict[int, tuple[int, int]] = {}
+        for step in self.steps:
+            if step.kind == Kind.VIEW:
+                whole, first = found.get(step.convs[0].value, (step.convs[0].value, 0))
+                found[step.out] = whole, first + step.order[0]
+        return found
 
     def _places(self, sizes: Sizes) -> tuple[dict[int, int], int]:
         """Where each inner value begins, so that values that never live together share memory; and how much in all."""
-        last = {value: index for index, step in enumerate(self.steps) for value in (*step.reads, *step.writes)}
-        outer = {*range(self.inputs), *self.outputs}
+        wholes = {value: whole for value, (whole, _) in self._wholes().items()}
+        last: dict[int, int] = {}
+        for index, step in enumerate(self.steps):
+            last |= dict.fromkeys((wholes.get(value, value) for value in (*step.reads, *step.writes)), index)
+        outer = {*range(self.inputs), *self.outputs, *wholes}
+        shared = {*wholes, *wholes.values()}  # what has parts may be read through them
         room = _Room()
         starts: dict[int, int] = {}
         for index, step in enumerate(self.steps):
             for value in step.writes:
                 if value in outer or value in starts:
                     continue
-                heir = next((v for v in _may_overwrite(step, value) if v in starts and last[v] == index), None)
+                heirs = (v for v in _may_overwrite(step, value) if v in starts and v not in shared)
+                heir = next((v for v in heirs if last[v] == index), None)
                 if heir is not None and sizes[heir] == sizes[value]:
                     starts[value] = starts[heir]
                     room.hand_over(starts[heir])
                     continue
                 n, c, h, w = sizes[value]
                 starts[value] = room.take(n * c * h * w)
-            for value in {*step.reads, *step.writes}:
+            for value in {wholes.get(value, value) for value in (*step.reads, *step.writes)}:
                 if value in starts and last[value] == index:
                     room.give_back(starts[value])
         return starts, room.end
@@ -173,7 +196,8 @@ def _may_overwrite(step: Step, value: int) -> list[int]:
         return []
     if step.kind == Kind.BESIDE:
         (only,) = step.convs
-        return [only.value] if only.beside is not None and len(only.beside.parts) == 1 else []
+        beside = only.beside
+        return [only.value] if beside is not None and len(beside.parts) == 1 and only.value != beside.gate else []
     if step.kind != Kind.SUM:
         return []
     elsewhere = {step.up, *(value for conv in step.convs for value in conv.reads)}

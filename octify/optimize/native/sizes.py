@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from octify.optimize.native.steps import Conv, Shape, Sizes
 
 
@@ -114,7 +116,7 @@ class Cropped:
     """What a convolution gives, cut along some dims to the size that the source's geometry has for its high map."""
 
     inner: Convolved
-    high: int
+    high: Callable[[Sizes], Shape]
     halved: tuple[Any, ...]  # the source's axes, which are halved on the low grid
     crop: tuple[int, ...]
     low: tuple[bool, ...]
@@ -123,6 +125,60 @@ class Cropped:
         """The shape."""
         shape = list(self.inner(sizes))
         for dim in self.crop:
-            full = self.halved[dim].out_size(sizes[self.high][dim])
+            full = self.halved[dim].out_size(self.high(sizes)[dim])
             shape[dim] = (full + 1) // 2 if self.low[dim] else full
         return cast(Shape, tuple(shape))
+
+
+@dataclass(frozen=True)
+class SameSize:
+    """What a convolution gives that pads as TensorFlow does."""
+
+    conv: Conv
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        conv = self.conv
+        n, _, *lengths = sizes[conv.value]
+        h, w = (-(-length // stride) for length, stride in zip(lengths, conv.stride, strict=True))
+        return n, len(cast("torch.Tensor", conv.weight)), h, w
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value's channels in a size that an expression gives: two numbers, or what they are in."""
+
+    value: int
+    size: Any
+
+    def __call__(self, sizes: Sizes) -> Shape:
+        """The shape."""
+        h, w = worked_out(self.size, sizes)
+        n, c, _, _ = sizes[self.value]
+        return n, c, int(h), int(w)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """In an expression: a value, of which the size is wanted."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Worked:
+    """In an expression: what a function gives."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def worked_out(expression: Any, sizes: Sizes) -> Any:
+    """What an expression gives."""
+    if isinstance(expression, Shaped):
+        return torch.empty(sizes[expression.value], device="meta")
+    if isinstance(expression, Worked):
+        return expression.function(*worked_out(expression.arguments, sizes))
+    if isinstance(expression, (list, tuple)):
+        return tuple(worked_out(part, sizes) for part in cast("tuple[Any, ...]", expression))
+    return expression
