@@ -81,6 +81,7 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "layer scale": lambda: Block(torch.sigmoid, nn.Conv2d(24, 24, 1), Scaled()),
     "learned numbers": lambda: Block(torch.tanh, Shifted()),
     "numbers": lambda: Block(lambda x: (1 - 2 * F.silu(x)) / 3),
+    "number in place": lambda: Block(lambda x: F.gelu(x).mul_(1.7)),
     "difference": lambda: Block(lambda x: x - F.elu(x)),
     "product": lambda: Block(lambda x: F.relu(x) * x),
     "gate by position": lambda: Block(lambda x: x * x.mean(1, keepdim=True).sigmoid()),

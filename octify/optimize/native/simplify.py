@@ -29,8 +29,11 @@ PARTS: tuple[Any, ...] = ("chunk", "split", "tensor_split", torch.chunk, torch.s
 _operator: Any = operator  # the standard library's own annotations of these are partly unknown
 ARITHMETIC: dict[Any, str] = {
     _operator.add: "add", torch.add: "add", "add": "add", _operator.sub: "sub", torch.sub: "sub", "sub": "sub",
-    _operator.mul: "mul", torch.mul: "mul", "mul": "mul", _operator.truediv: "div", torch.div: "div", "div": "div",
+    _operator.mul: "mul", torch.mul: "mul", "mul": "mul", "mul_": "mul",
+    _operator.truediv: "div", torch.div: "div", "div": "div",
 }  # fmt: skip
+# What gives a tensor that nothing else sees: if it is written over, only its one reader knows.
+FRESH: tuple[Any, ...] = (F.gelu, join)
 
 
 def simplify(module: Graph) -> None:
@@ -128,6 +131,8 @@ def _affine(writer: Writer, node: fx.Node) -> Result:
     if not name or len(node.args) != 2 or node.kwargs or not is_map(node):
         return None
     one, other = cast("tuple[Any, Any]", node.args)
+    if node.target == "mul_" and not (one.target in FRESH and len(one.users) == 1):
+        return None
     maps = [argument for argument in (one, other) if is_map(argument) and argument.op != "get_attr"]
     if name == "sub" and len(maps) == 2 and shape_of(value_of(one)) == shape_of(value_of(other)):
         return writer.function(join, [one, writer.affine(other, -1.0, 0.0)], [], 2)
