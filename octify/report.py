@@ -40,12 +40,17 @@ def _head(facts: Mapping[str, Any], weights: str = "") -> Text:
     sizes = facts["input_size"]
     shape = "x".join(map(str, sizes)) if sizes and isinstance(sizes[0], int) else str(sizes)
     lost = facts.get("transfer", [])
-    alpha = "" if lost and not facts["convolutions"]["octave"] else f", alpha {facts['alpha']:g}"
+    alpha = "" if lost and not facts["convolutions"]["octave"] else f", {_alpha(facts)}"
     line = Text.assemble((facts["source"], "bold"), f" at {shape}, recipe {facts['recipe']}{alpha}")
     line.append(f", {weights}" if weights else "")
     for note in lost:
         line.append(f"; {note}", style="yellow")
     return line
+
+
+def _alpha(facts: Mapping[str, Any]) -> str:
+    """The recipe's alpha, unless it stands in the rules for layers alone."""
+    return f"alpha {facts['alpha']:g}" if facts["alpha"] or not facts["convolutions"]["octave"] else "alpha by layer"
 
 
 def _counted(found: Mapping[str, Any]) -> str:
@@ -120,7 +125,7 @@ def checkpoint_report(facts: Mapping[str, Any]) -> RenderableType:
     found = facts["convolutions"]
     table.add_row("source", facts["source"] or f"{facts['class']} (a network of your own)")
     table.add_row("input", ", ".join("x".join(map(str, shape)) for shape in facts["input_size"]))
-    table.add_row("recipe", f"{facts['recipe'].get('name', '-')}, alpha {facts['alpha']:g}")
+    table.add_row("recipe", f"{facts['recipe'].get('name', '-')}, {_alpha(facts)}")
     table.add_row("convolutions", _counted(found))
     for reason, count in found["reasons"].items():
         table.add_row("", Text(f"{count} dense: {reason}", style="dim"))
