@@ -87,10 +87,10 @@ class FunctionCall:
         owner, _, name = self.homes["weight"].rpartition(".")
         return f"{owner}.{KINDS[self.function].place}_{name}".lstrip(".")
 
-    def emit(self, graph: fx.Graph, x: Any) -> fx.Node:
-        """The call as the source has it."""
+    def emit(self, graph: fx.Graph, x: Any, name: str) -> fx.Node:
+        """The call as the source has it, under the name of the trace's node."""
         own = {role: graph.get_attr(home) for role, home in self.homes.items()}
-        return graph.call_function(self.function, (x,), {**own, **self.options})
+        return graph.create_node("call_function", self.function, (x,), {**own, **self.options}, name=name)
 
     def make(self, root: nn.Module) -> nn.Module:
         """The module, over the source's own tensors."""

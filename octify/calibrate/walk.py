@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -80,12 +80,17 @@ class Walk:
     def fork(self, root: nn.Module, graph: fx.Graph, store: Store) -> Walk:
         """A walk over another network from where this one stands; so far both must be the same."""
         other = Walk(root, graph, self.chunks, store)
-        twin = dict(zip(self.nodes[: self._done], other.nodes, strict=False))
-        if any((node.op, node.name) != (mine.op, mine.name) for node, mine in twin.items()):
+        named = {node.name: node for node in other.nodes}
+        twin = {node: named.get(node.name) for node in self.nodes[: self._done]}
+        done = 1 + max((other._index[found] for found in twin.values() if found is not None), default=-1)
+        own = [node for node in other.nodes[:done] if node.op != "get_attr"]  # a function reads what a module has
+        if None in twin.values() or not set(own) <= set(twin.values()):
             raise AssertionError("the networks differ before they fork")
-        other._done, other._kept = self._done, [twin[node] for node in self._kept]
+        other._done, other._kept = done, [cast(fx.Node, twin[node]) for node in self._kept]
         for mine, theirs in zip(self._shelves, other._shelves, strict=True):
-            theirs.change(lambda _, mine=mine: {twin[node]: value for node, value in mine.copied().items()})
+            theirs.change(
+                lambda _, mine=mine: {cast(fx.Node, twin[node]): value for node, value in mine.copied().items()}
+            )
         return other
 
     def _each(self, value: Callable[[Shelf[fx.Node]], Any]) -> Sequence[Any]:
