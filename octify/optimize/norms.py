@@ -10,7 +10,6 @@ from collections import Counter
 from typing import Any, cast
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -20,7 +19,7 @@ from octify.layers import OctConv
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def fold_norms(module: fx.GraphModule) -> int:

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from torch import fx, nn
 
 from octify.graph import get_module, shape_of, value_of
-from octify.optimize.forms import Affine, Enter, Leave, join
+from octify.optimize.forms import Affine, Enter, Leave, PadSame, join
 from octify.optimize.native.builder import Builder, Padding, Pending, channels_of
 from octify.optimize.native.expressions import grid_given, is_size
 from octify.optimize.native.operations import Graph, Operation, is_map, module_of
@@ -29,7 +28,7 @@ _EDGES = {"constant": Edge.NOTHING, "replicate": Edge.REPEATED}
 def is_conv(module: Graph, node: fx.Node) -> bool:
     """Whether a node is a convolution that the kernels can run."""
     conv: Any = module_of(module, node)
-    if type(conv) not in (nn.Conv2d, Conv2dSame) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
         return False
@@ -45,6 +44,8 @@ def borders(module: Graph, node: fx.Node) -> bool:
         source, size = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         high = size if len(node.args) > 2 else cast(fx.Node, size.args[0])
         return is_conv(module, source) and len(source.users) == 1 and (is_map(high) or is_size(module, high))
+    if type(found) is PadSame:
+        return all(is_conv(module, reader) for reader in node.users)
     if type(found) is not Enter or found.route.pool or found.route.pick or (found.route.same and found.route.pads):
         return False
     modes = [mode for mode, _ in found.route.pads]
@@ -59,7 +60,11 @@ def _is_grouped(module: Graph, node: fx.Node) -> bool:
 
 def _pads(builder: Builder, node: fx.Node) -> None:
     """Kept until the convolutions that read it."""
-    route = cast(Enter, get_module(builder.module, str(node.target))).route
+    found = get_module(builder.module, str(node.target))
+    if isinstance(found, PadSame):
+        builder.padding[node] = Padding(SAME, Edge.NOTHING)
+        return
+    route = cast(Enter, found).route
     mode, pads = route.pads[0] if route.pads else ("constant", (0, 0, 0, 0))
     builder.padding[node] = Padding(SAME if route.same else pads, _EDGES[mode])
 
@@ -83,7 +88,7 @@ def _conv(builder: Builder, node: fx.Node) -> None:
     padding = builder.padding.get(source)
     if padding is not None:
         source = cast(fx.Node, source.args[0])
-    if type(conv) is Conv2dSame or (padding and padding.amounts == SAME):
+    if padding is not None and padding.amounts == SAME:
         before = SAME
     elif padding is not None:  # F.pad's order: the last axis first
         left, right, top, bottom = padding.amounts

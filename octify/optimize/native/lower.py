@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from octify.graph import get_module, set_module, writes_in_place
-from octify.optimize.forms import Enter, OutSize, join
+from octify.optimize.forms import Leave, OutSize, join
 from octify.optimize.native.builder import Builder
 from octify.optimize.native.convs import borders
 from octify.optimize.native.expressions import is_size
@@ -91,10 +91,10 @@ def _mutates(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _read_map(module: fx.GraphModule, node: fx.Node) -> None:
     """A crop reads the high map itself in the place of the size that was worked out from it."""
-    size = cast(fx.Node, node.args[1])
-    if isinstance(get_module(module, str(node.target)), Enter):
+    if not isinstance(get_module(module, str(node.target)), Leave):
         node.args = node.args[:1]
         return
+    size = cast(fx.Node, node.args[1])
     axes = cast(OutSize, get_module(module, str(size.target)))
     node.args = (node.args[0], size.args[0], axes.halved)
 
