@@ -191,9 +191,7 @@ def _sensitivities(
 
 
 def _warn_of_random(request: Request) -> None:
-    """A library's network without weights knows nothing that could be kept; a user's factory may load some."""
-    untrained = not request.pretrained and request.weights is None
-    if untrained and resolve(request.model).library in ("torchvision", "timm"):
+    if request.weights_are_random:
         text = (
             f"the weights of {request.model} are random, there is nothing to keep: add --pretrained or --weights FILE"
         )

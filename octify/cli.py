@@ -247,7 +247,9 @@ def _need_images(lacking: bool) -> None:
 def _weights(request: Request) -> str:
     if request.pretrained:
         return "pretrained weights"
-    return f"weights of {request.weights}" if request.weights else f"random weights (seed {request.seed})"
+    if request.weights:
+        return f"weights of {request.weights}"
+    return f"random weights (seed {request.seed})" if request.weights_are_random else "its factory's weights"
 
 
 cli_speed.register(app, working, print_facts, parse_size)

@@ -47,6 +47,12 @@ class Request:
     operator: str | None = None
     c0: int | None = None
 
+    @property
+    def weights_are_random(self) -> bool:
+        """Whether nobody trained them: a library's network without weights; a user's factory may load some."""
+        untold = not self.pretrained and self.weights is None
+        return untold and resolve(self.model).library in ("torchvision", "timm")
+
     def choose(self) -> Recipe:
         """The recipe.
 
