@@ -21,7 +21,7 @@ from octify.flows import Flows, asks_for_change
 from octify.graph import paused_collection, set_module
 from octify.module import OctaveModule
 from octify.operators import check_operators, find_operator
-from octify.origin import Origin, set_origin
+from octify.origin import Origin, origin_of, set_origin
 from octify.parts import Parts, convolutions, find_parts, plan_parts, rewrite_parts, within
 from octify.plan import Plan, make_plan
 from octify.recipe import Recipe, load_recipe
@@ -260,12 +260,14 @@ def read_flows(model: nn.Module, recipe: Recipe, example_inputs: Example = None,
 
 
 def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
-    """The example inputs as meta tensors of the model's dtype.
+    """The example inputs as meta tensors of the model's dtype: those given, or converted at, or its default ones.
 
     Raises:
         ModelError: what was given is no tensor, tuple of tensors or shape.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if given is None and (origin := origin_of(model)):
+        return tuple(value.to(dtype) if value.is_floating_point() else value for value in origin.example())
     if given is None:
         return tuple(torch.empty(1, *shape, device="meta", dtype=dtype) for shape in _default_shapes(model))
     if isinstance(given, Tensor):

@@ -79,7 +79,7 @@ def export(
     ):
         need(module)
     source = model if isinstance(model, nn.Module) else load(model)
-    example = examples(source, example_inputs)
+    example = example_of(source, example_inputs)
     seeded = torch.Generator().manual_seed(0)
     reals = [torch.randn(value.shape, generator=seeded).to(value.dtype) for value in example]
     if multiple < 1 or any(size % multiple for value in reals for size in image_size(value)):
@@ -94,14 +94,6 @@ def export(
         error = max(_check(source, given, run, chosen) for given in (reals, *others))
         _publish(draft, target)
     return Exported(target, chosen, dynamic, error, multiple)
-
-
-def examples(model: nn.Module, given: Example = None) -> tuple[Tensor, ...]:
-    """The example inputs on meta, in the network's precision: those given, or converted at, or its default ones."""
-    origin = origin_of(model)
-    found = origin.example() if given is None and origin is not None else example_of(model, given)
-    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in found)
 
 
 def metadata_of(model: nn.Module) -> dict[str, str]:

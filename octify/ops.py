@@ -38,19 +38,24 @@ def global_mean(
     high: Tensor, low: Tensor, order: Sequence[int], axis: int, spatial: Sequence[int], keepdim: bool
 ) -> Tensor:
     """The mean over a split map's spatial axes, in the source's channel order; exact for the map that is stood for."""
-    mean_low = low
-    for where in spatial:
+    mean_low = _mean_of_low(high, low, spatial)
+    mean = torch.cat((high.mean(tuple(spatial), keepdim=True), mean_low), axis) if high.shape[axis] else mean_low
+    return _in_order(mean, order, axis, spatial, keepdim)
+
+
+def _mean_of_low(high: Tensor, low: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mean over some spatial axes of the map that a low band stands for; they are kept."""
+    for where in axes:
         length = high.shape[where]
         # An exported graph must not fix the size's parity.
         if not torch.compiler.is_exporting() and length % 2 == 0:
-            mean_low = mean_low.mean(where, keepdim=True)
+            low = low.mean(where, keepdim=True)
             continue
         # The last low position of an odd axis stands for one position, the others for two.
-        last = mean_low.narrow(where, mean_low.shape[where] - 1, 1)
-        body = 2 * mean_low.sum(where, keepdim=True) - last * (length % 2)
-        mean_low = body / length
-    mean = torch.cat((high.mean(tuple(spatial), keepdim=True), mean_low), axis) if high.shape[axis] else mean_low
-    return _in_order(mean, order, axis, spatial, keepdim)
+        last = low.narrow(where, low.shape[where] - 1, 1)
+        body = 2 * low.sum(where, keepdim=True) - last * (length % 2)
+        low = body / length
+    return low
 
 
 def global_sum(
@@ -66,6 +71,24 @@ def global_max(
     """The maximum over a split map's spatial axes, in the source's channel order."""
     parts = [band.amax(tuple(spatial), keepdim=True) for band in (high, low) if band.shape[axis]]
     return _in_order(torch.cat(parts, axis), order, axis, spatial, keepdim)
+
+
+def along_axes(
+    high: Tensor,
+    low: Tensor,
+    kind: str,
+    order: Sequence[int],
+    axis: int,
+    spatial: Sequence[int],
+    reduced: Sequence[int],
+    keepdim: bool,
+) -> Tensor:
+    """The mean, sum or maximum along some of a split map's spatial axes, at each place along the others; dense."""
+    small = low.amax(tuple(reduced), keepdim=True) if kind == "amax" else _mean_of_low(high, low, reduced)
+    large = high.amax(tuple(reduced), keepdim=True) if kind == "amax" else high.mean(tuple(reduced), keepdim=True)
+    raised = up_to(small.movedim(axis, 1), [large.shape[where] for where in spatial]).movedim(1, axis)
+    found = _in_order(torch.cat((large, raised), axis), order, axis, reduced, keepdim)
+    return found * math.prod(high.shape[where] for where in reduced) if kind == "sum" else found
 
 
 def _in_order(x: Tensor, order: Sequence[int], axis: int, spatial: Sequence[int], keepdim: bool) -> Tensor:
@@ -84,6 +107,11 @@ def over_channels(high: Tensor, low: Tensor, kind: str, axis: int, spatial: int,
     if kind == "mean":
         reduced = reduced / (first.shape[1] + second.shape[1])
     return reduced.movedim(1, axis) if keepdim else reduced.squeeze(1)
+
+
+def without_places(x: Tensor) -> tuple[Tensor, None]:
+    """What `max` along an axis gives, but for where the maxima are."""
+    return x, None
 
 
 def _reduce(x: Tensor, kind: str, axis: int) -> Tensor:

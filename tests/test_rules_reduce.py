@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from timm.layers import SelectiveKernel, SplitAttn
 from timm.layers.create_attn import create_attn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from octify import convert, plan_of
+from octify import convert, plan, plan_of
 from octify.layers import Merge
 from octify.layout import Layout
-from octify.ops import global_sum, over_channels, over_parts
+from octify.ops import along_axes, global_sum, over_channels, over_parts
 from tests.oracles import constant_image_error, forms, random_bands, random_layout, trains
 
 
@@ -32,6 +34,59 @@ def test_a_reduction_over_channels_is_that_of_the_map_the_bands_stand_for(
         last = over_channels(high.movedim(1, -1), low.movedim(1, -1), kind, 3, 2, keep)
         torch.testing.assert_close(last, getattr(dense.movedim(1, -1), kind)(-1, keepdim=keep))
     torch.testing.assert_close(global_sum(high, low, layout.order, 1, (2, 3), False), dense.sum((2, 3)))
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 9)])
+@pytest.mark.parametrize("kind", ["mean", "sum", "amax"])
+@pytest.mark.parametrize("layout", [random_layout(12, 5), Layout.last(12, 12)])
+@pytest.mark.parametrize("where", [2, 3])
+def test_a_reduction_along_one_axis_is_that_of_the_map_the_bands_stand_for(
+    kind: str, size: tuple[int, int], layout: Layout, where: int
+) -> None:
+    high, low = random_bands(layout, size)
+    dense = Merge(layout)(high, low)
+    for keep in (True, False):
+        wanted = getattr(dense, kind)(where, keepdim=keep)
+        found = along_axes(high, low, kind, layout.order, 1, (2, 3), (where,), keep)
+        torch.testing.assert_close(found, wanted)
+        last = along_axes(high.movedim(1, -1), low.movedim(1, -1), kind, layout.order, 3, (1, 2), (where - 1,), keep)
+        torch.testing.assert_close(last, getattr(dense.movedim(1, -1), kind)(where - 1, keepdim=keep))
+
+
+class Reduced(nn.Module):
+    """A map that only reductions read, written in one of several ways."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.body, self.reduce = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.body(self.stem(x)))
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one after the other": lambda x: x.mean(3).mean(2),
+    "rows": lambda x: F.adaptive_avg_pool2d(x, (None, 1)),
+    "columns": lambda x: F.adaptive_max_pool2d(x, (1, None)),
+    "maximum of channels": lambda x: torch.max(x, dim=1, keepdim=True)[0],
+    "maximum of parts": lambda x: x.view(x.shape[0], 2, 8, *x.shape[2:]).max(1)[0].sum(-1),
+}
+
+
+@pytest.mark.parametrize("way", REDUCTIONS)
+def test_what_reductions_read_stays_in_bands(way: str) -> None:
+    torch.manual_seed(0)
+    source = Reduced(REDUCTIONS[way])
+    net = convert(source, alpha=0.5, example_inputs=(2, 3, 32, 32))
+    assert [op.target for op in plan_of(net).converted] == ["body"]
+    assert not any(isinstance(module, Merge) for module in net.modules())
+    assert constant_image_error(source, alpha=0.5) < 1e-9
+    trains(source, alpha=0.5)
+
+
+def test_places_of_maxima_are_those_of_a_dense_map() -> None:
+    decided = plan(Reduced(lambda x: torch.max(x, dim=1)[1]), alpha=0.5, example_inputs=(2, 3, 32, 32))
+    assert not decided.converted
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum", "amax"])

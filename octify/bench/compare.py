@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from octify.bench.clock import Progress, Timing, clock_of, interleave
 from octify.bench.memory import peak_memory
 from octify.bench.runners import FILES, Settings, runner, threads
-from octify.convert import Example
+from octify.convert import Example, example_of
 from octify.cost import COUNTED, model_cost
 from octify.errors import ModelError
-from octify.export import examples
 from octify.graph import meta_copy
 from octify.module import OctaveModule
 
@@ -129,7 +128,7 @@ def bench(
 def random_inputs(model: nn.Module, given: Example = None, batch: int | None = None) -> list[Tensor]:
     """Noise in the shapes of the example inputs."""
     seeded = torch.Generator().manual_seed(0)
-    shapes = [tuple(value.shape) for value in examples(model, given)]
+    shapes = [tuple(value.shape) for value in example_of(model, given)]
     if not shapes:
         raise ModelError("there are no example inputs to measure with")
     return [torch.randn((batch or shape[0], *shape[1:]), generator=seeded) for shape in shapes]

@@ -174,11 +174,11 @@ def fit_layer(
 
 def _shifts(root: nn.Module, node: fx.Node) -> dict[str, nn.Module]:
     """The batch norms behind each band that can take a bias into their means."""
-    getitems = [user for user in node.users if user.op == "call_function" and user.name.startswith("getitem")]
-    if not getitems:
+    layer = root.get_submodule(str(node.target))
+    if not isinstance(layer, OctBase) or layer.out_layout.is_dense:
         norm = _only_norm(root, node)
         return {"high": norm} if norm is not None else {}
-    bands = {("high", "low")[cast(int, item.args[1])]: _only_norm(root, item) for item in getitems}
+    bands = {("high", "low")[cast(int, item.args[1])]: _only_norm(root, item) for item in node.users}
     return {band: norm for band, norm in bands.items() if norm is not None}
 
 

@@ -39,6 +39,7 @@ class Pass:
 PASSES = (
     Pass("computed weights", passes.settle_weights),
     Pass("modules with hooks kept", passes.keep_hooked),
+    Pass("views as reshapes", passes.reshape_views),
     Pass("same padding before its convolution", passes.pad_before),
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),

@@ -50,6 +50,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "leaky_relu": {"negative_slope": 0.01}, "elu": {"alpha": 1.0}, "hardtanh": {"min_val": -1.0, "max_val": 1.0},
     "gelu": {"approximate": "none"},
 }  # fmt: skip
+RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 METHOD_ACTS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh"}
 
 
@@ -83,6 +84,17 @@ def keep_hooked(module: fx.GraphModule) -> int:
     for path in found:
         set_module(module, path, Hooked(get_module(module, path)))
     return len(found)
+
+
+def reshape_views(module: fx.GraphModule) -> int:
+    """Before: view, which fails where maps are channels last.   After: reshape, which copies there."""
+    count = 0
+    for node in module.graph.nodes:
+        another_type = any(isinstance(given, torch.dtype) for given in (*node.args, *node.kwargs.values()))
+        if node.op == "call_method" and node.target in RESHAPES and not another_type:
+            node.target = RESHAPES[node.target]
+            count += 1
+    return count
 
 
 def pad_before(module: fx.GraphModule) -> int:

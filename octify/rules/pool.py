@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,11 +11,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes
+from octify.graph import input_nodes, value_of
 from octify.layout import run_of
-from octify.ops import global_max, global_mean, global_sum, over_channels, over_parts
+from octify.ops import along_axes, global_max, global_mean, global_sum, over_channels, over_parts, without_places
 from octify.pooling import OctPool, Window
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
+from octify.rules.join import OfTwo
 
 
 class WindowPool(Rule):
@@ -69,10 +71,14 @@ def _from_function(op: Op) -> Window:
 
 
 Reduction = tuple[tuple[int, ...], bool]  # over which axes, and whether they are kept
+KINDS: dict[Callable[..., Any], str] = {global_mean: "mean", global_sum: "sum", global_max: "amax"}
 
 
 class GlobalPool(Rule):
-    """The mean (or maximum) over the whole map, from both bands: each low position counts for those it stands for."""
+    """The mean (or maximum) over the whole map, from both bands: each low position counts for those it stands for.
+
+    Along one of two axes, too: at each place along the other the low band gives the same for two.
+    """
 
     kind = "closes"
 
@@ -81,10 +87,10 @@ class GlobalPool(Rule):
         self.reduces = reduces
 
     def flow(self, op: Op, ties: Ties) -> Plain:
-        """Gives a dense vector in the source's channel order."""
+        """Gives a dense vector, or a row of them, in the source's channel order."""
         (found,) = op.maps
         if self.reduces(op, found) is None or len(found.channel) > 1:
-            raise Dense("it does not reduce the whole map to one number a channel")
+            raise Dense("it does not reduce whole axes of the map")
         ties.close(found.ids)
         return Plain(op.shape)
 
@@ -93,13 +99,15 @@ class GlobalPool(Rule):
         source: Bands = build.value(input_nodes(op.node)[0])
         found, order = source.map, run_of(source.layout.order)
         axes, keep = cast(Reduction, self.reduces(op, found))
+        if not set(axes) >= set(found.spatial):
+            rest = (KINDS[self.function], order, found.channel[0], found.spatial, axes, keep)
+            return build.function(along_axes, source.high, source.low, *rest)
         time = len(axes) > len(found.spatial)
         bands = source.high, source.low
         node = build.function(self.function, *bands, order, found.channel[0], found.spatial, keep or time)
         if not time:
             return node
-        further = {global_mean: torch.mean, global_sum: torch.sum, global_max: torch.amax}[self.function]
-        return build.function(further, node, axes, keep)
+        return build.function(getattr(torch, KINDS[self.function]), node, axes, keep)
 
 
 class Reduce(GlobalPool):
@@ -110,7 +118,7 @@ class Reduce(GlobalPool):
     """
 
     def __init__(self, kind: str) -> None:
-        super().__init__({"mean": global_mean, "sum": global_sum, "amax": global_max}[kind], _over_axes)
+        super().__init__(next(function for function, name in KINDS.items() if name == kind), _over_axes)
         self.over = kind
 
     def flow(self, op: Op, ties: Ties) -> Any:
@@ -151,16 +159,61 @@ class Reduce(GlobalPool):
         return build.function(over_channels, source.high, source.low, *rest)
 
 
+class Max(OfTwo):
+    """`max` of two tensors, elementwise; or of one along axes, where nobody asks at which places."""
+
+    def __init__(self) -> None:
+        self.along = Reduce("amax")
+
+    def applies(self, op: Op) -> bool:
+        """Whether it is one of both."""
+        read = [user for user in op.node.users if user.users or user.op == "output"]
+        values = all(user.target is operator.getitem and user.args[1] == 0 for user in read)
+        return super().applies(op) or values
+
+    def flow(self, op: Op, ties: Ties) -> Any:
+        """As a sum's, or as `amax`, in a tuple that leaves the places out."""
+        return super().flow(op, ties) if super().applies(op) else (self.along.flow(_first(op), ties), None)
+
+    def emit(self, op: Op, build: Build) -> Any:
+        """The same call once a band, or one function over both."""
+        if super().applies(op):
+            return super().emit(op, build)
+        found = self.along.emit(_first(op), build)
+        return build.function(without_places, found) if isinstance(found, fx.Node) else (found, None)
+
+
+def _first(op: Op) -> Op:
+    """An operation that gives a tuple as one that gives the first of it."""
+    values = {**op.values, op.node: op.values[op.node][0]} if op.node in op.values else op.values
+    return _Values(op.node, op.module, values, op.settings, op.dense_stem)
+
+
+class _Values(Op):
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first tensor's shape."""
+        return tuple(value_of(self.node)[0].shape)
+
+
 def _adaptive(op: Op, found: Map) -> Reduction | None:
-    size = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
-    sizes = set(size) if isinstance(size, (tuple, list)) else {size}  # pyright: ignore
-    return (tuple(range(2, len(found.shape))), True) if sizes == {1} and found.is_plain else None
+    size: Any = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
+    axes = range(2, len(found.shape))
+    sizes = dict(zip(axes, size if isinstance(size, (tuple, list)) else [size] * len(axes), strict=True))
+    reduced = tuple(axis for axis, length in sizes.items() if length == 1)
+    known = found.is_plain and all(length in (1, None) for length in sizes.values())
+    return (reduced, True) if known and _is_reduction(reduced, found) else None
+
+
+def _is_reduction(axes: tuple[int, ...], found: Map) -> bool:
+    """Whether both bands can be reduced along these axes: all that are halved (and others), or some of them."""
+    return set(axes) >= set(found.spatial) or (bool(axes) and set(axes) < set(found.spatial))
 
 
 def _over_axes(op: Op, found: Map) -> Reduction | None:
-    """The axes, if they are the spatial ones and no others but time."""
+    """The axes, if they are spatial ones: all of them (and time), or some."""
     reduced = _reduced_axes(op, found)
-    if reduced is None or not set(found.spatial) <= set(reduced) or {0, *found.channel} & set(reduced):
+    if reduced is None or not _is_reduction(reduced, found) or {0, *found.channel} & set(reduced):
         return None
     return reduced, _keeps(op)
 
@@ -197,3 +250,4 @@ register(
 register(Reduce("mean"), functions=(torch.mean,), methods=("mean",))
 register(Reduce("sum"), functions=(torch.sum,), methods=("sum",))
 register(Reduce("amax"), functions=(torch.amax,), methods=("amax",))
+register(Max(), functions=(torch.max,), methods=("max",))

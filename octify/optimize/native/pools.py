@@ -21,7 +21,12 @@ from octify.optimize.native.steps import Beside, Conv, Edge, Kind, Step
 from octify.pooling import OctPool
 from octify.resample import average, pool_low, up_to
 
-GRID = ((2, 3), (-2, -1), (3, 2), (-1, -2))  # how the axes of a map are written
+_GRID = ((2, 3), (-2, -1), (3, 2), (-1, -2))  # how the axes of a map are written
+
+
+def is_grid(axes: Any) -> bool:
+    """Whether these are the two axes of a map."""
+    return isinstance(axes, (tuple, list)) and tuple(cast("Any", axes)) in _GRID
 
 
 def _is_average(_: Graph, node: fx.Node) -> bool:
@@ -93,7 +98,7 @@ def is_mean(module: Graph, node: fx.Node) -> bool:
     if node.target is not torch.mean and (node.op, node.target) != ("call_method", "mean"):
         return False
     named: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    return set(named) == {"dim", "keepdim"} and tuple(named["dim"]) in GRID
+    return set(named) == {"dim", "keepdim"} and is_grid(named["dim"])
 
 
 def _mean(builder: Builder, node: fx.Node) -> None:

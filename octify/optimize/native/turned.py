@@ -21,7 +21,7 @@ from octify.norms import OctChannelNorm
 from octify.ops import global_mean
 from octify.optimize.forms import Affine, Centred, flat_of, join, last_of
 from octify.optimize.native.operations import grid_of, is_map, module_of
-from octify.optimize.native.pools import GRID, is_mean, is_mean_of_bands
+from octify.optimize.native.pools import is_grid, is_mean, is_mean_of_bands
 from octify.optimize.native.writer import Result, Writer
 from octify.optimize.passes import act_of
 from octify.resample import pool_low
@@ -60,7 +60,7 @@ def _mean(writer: Writer, node: fx.Node) -> Result:
     if node.target not in (torch.mean, "mean") or not is_map(node.args[0]):
         return None
     named: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
-    if not set(named) <= {"dim", "keepdim"} or named.get("keepdim") or tuple(named.get("dim", ())) not in GRID:
+    if not set(named) <= {"dim", "keepdim"} or named.get("keepdim") or not is_grid(named.get("dim")):
         return None
     return writer.function(flat_of, writer.function(torch.mean, node.args[0], (2, 3), True))
 
