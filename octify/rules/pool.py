@@ -199,7 +199,8 @@ class _Values(Op):
 def _adaptive(op: Op, found: Map) -> Reduction | None:
     size: Any = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
     axes = range(2, len(found.shape))
-    sizes = dict(zip(axes, size if isinstance(size, (tuple, list)) else [size] * len(axes), strict=True))
+    lengths = cast("list[int | None]", list(size) if isinstance(size, (tuple, list)) else [size] * len(axes))
+    sizes = dict(zip(axes, lengths, strict=True))
     reduced = tuple(axis for axis, length in sizes.items() if length == 1)
     known = found.is_plain and all(length in (1, None) for length in sizes.values())
     return (reduced, True) if known and _is_reduction(reduced, found) else None
