@@ -204,6 +204,6 @@ def _read(request: Request, images: ImageRequest, step: Step) -> tuple[Source, C
     spec = resolve(request.model)
     own = spec.library in ("file", "module")  # a user's factory may load weights, which it cannot on meta
     source = images.load(preprocessing(request.build() if own else spec))
-    shape = example_of_batches(source.batches)
+    example = example_of_batches(source.batches)
     step(f"building and tracing {request.model}")
-    return source, (request if shape is None else replace(request, input_size=shape[1:])).read()
+    return source, (replace(request, input_size=tuple(example[0].shape[1:])) if example else request).read()

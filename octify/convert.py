@@ -26,7 +26,7 @@ from octify.parts import Parts, convolutions, find_parts, plan_parts, rewrite_pa
 from octify.plan import Plan, make_plan
 from octify.recipe import Recipe, load_recipe
 from octify.rewrite import rewrite_graph
-from octify.trace import SIZED, WAYS, Trace, trace_model
+from octify.trace import SIZED, WAYS, Trace, required_inputs, trace_model
 from octify.zoo import input_shape
 
 Example = Tensor | Sequence[int] | Sequence[Any] | None
@@ -79,7 +79,8 @@ def convert(
     if calibration is not None:
         options = Options(target, max_loss, samples, choose, fit, statistics, distil, seed, progress, latency)
         batches = take_batches(calibration, samples)
-        example = example_of(model, example_inputs if example_inputs is not None else example_of_batches(batches))
+        given = example_of_batches(batches, required_inputs(model)) if example_inputs is None else example_inputs
+        example = example_of(model, given)
         try:
             flows = read_flows(model, chosen, example)
         except TraceError as failure:
@@ -267,16 +268,16 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if given is None and (origin := origin_of(model)):
-        return tuple(value.to(dtype) if value.is_floating_point() else value for value in origin.example())
+        given = origin.example()
     if given is None:
         return tuple(torch.empty(1, *shape, device="meta", dtype=dtype) for shape in _default_shapes(model))
-    if isinstance(given, Tensor):
-        return (torch.empty_like(given, device="meta"),)
-    if all(isinstance(size, int) for size in given) and len(given) >= 3:
+    if not isinstance(given, Tensor) and len(given) >= 3 and all(isinstance(size, int) for size in given):
         return (torch.empty(*given, device="meta", dtype=dtype),)  # pyright: ignore
-    tensors = [value for value in given if isinstance(value, Tensor)]
-    if tensors and len(tensors) == len(given):
-        return tuple(torch.empty_like(value, device="meta") for value in tensors)
+    values = (given,) if isinstance(given, Tensor) else given
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if tensors and len(tensors) == len(values):
+        types = [dtype if value.is_floating_point() else value.dtype for value in tensors]
+        return tuple(torch.empty_like(v, device="meta", dtype=kind) for v, kind in zip(tensors, types, strict=True))
     raise ModelError(
         f"example_inputs is {_outline(given)}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224.\n"
         "  A network that takes lists or dictionaries: put a module around it that takes their tensors one by one."

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from octify.graph import meta_copy, to_meta
-from octify.module import OctaveModule, graph_of_mode
+from octify.module import OctaveModule
 from octify.trace import Trace
 
 # Convolutions and linear layers. Attention's products of two maps (bmm and its kin) have no weights and are left out.
@@ -34,8 +34,7 @@ class Cost:
 
 def source_cost(trace: Trace) -> Cost:
     """The cost of the network that was traced, at the example's size."""
-    graph = graph_of_mode(trace.graph, training=False) if trace.two_modes else trace.graph
-    return graph_cost(trace.model, graph, trace.inputs)
+    return graph_cost(trace.model, trace.eval_graph, trace.inputs)
 
 
 def model_cost(model: OctaveModule, inputs: tuple[Any, ...]) -> Cost:

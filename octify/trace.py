@@ -14,6 +14,7 @@ from octify.errors import ModelError, TraceError
 from octify.functional import FunctionCall, take_functions
 from octify.graph import map_leaves, meta_copy, named_modules, own_tensors, record_values, sharing_copy, to_meta
 from octify.modes import join_modes
+from octify.module import graph_of_mode
 from octify.ops import same_branch_
 from octify.shaped import FixedTracer, FreeBatchTracer, GuardedTracer
 from octify.tracer import SymbolicTracer
@@ -41,6 +42,11 @@ class Trace:
     def nodes(self) -> list[fx.Node]:
         """The nodes in the order of execution."""
         return list(self.graph.nodes)
+
+    @property
+    def eval_graph(self) -> fx.Graph:
+        """What runs in eval mode: the graph, or a copy without what only training runs."""
+        return graph_of_mode(self.graph, training=False) if self.two_modes else self.graph
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, if it calls one."""
@@ -130,6 +136,12 @@ def _same_constant(first: Tensor, second: Tensor) -> bool:
 
 def _shapes(example: tuple[Any, ...]) -> str:
     return ", ".join("x".join(map(str, value.shape)) for value in example if isinstance(value, Tensor))
+
+
+def required_inputs(model: nn.Module) -> int:
+    """How many arguments a model's forward cannot do without."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
 
 
 def _defaults(model: nn.Module, given: int) -> dict[str, Any] | None:

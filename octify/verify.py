@@ -18,7 +18,6 @@ from octify.convert import plan_of
 from octify.flows import Flows
 from octify.graph import sharing_copy
 from octify.layers import Merge, OctConv, Split
-from octify.module import graph_of_mode
 from octify.operators import transfer_notes
 from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
 from octify.plan import Plan, PlanOp
@@ -149,8 +148,7 @@ def runs(model: nn.Module, inputs: Sequence[Tensor], *, training: bool = False) 
 @torch.no_grad()
 def trace_check(source: nn.Module, flows: Flows, inputs: Sequence[Tensor]) -> Check:
     """The trace computes what the source computes, bit for bit."""
-    graph = graph_of_mode(flows.trace.graph, training=False) if flows.trace.two_modes else flows.trace.graph
-    traced = fx.Interpreter(sharing_copy(source).eval(), graph=graph).run(*inputs)
+    traced = fx.Interpreter(sharing_copy(source).eval(), graph=flows.trace.eval_graph).run(*inputs)
     expected = sharing_copy(source).eval()(*inputs)
     return Check("the trace equals the source", same_bits(expected, traced), relative_error(expected, traced))
 

@@ -147,5 +147,25 @@ def test_a_calibration_runs_through(kind: type[nn.Module]) -> None:
     assert 0.8 < octave.octify_report.cost < 0.8501  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Styled(nn.Module):
+    """Two inputs, and in training a branch that evaluation goes without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.style = block(3, 16, 2), body(16, 32, 32, 32), nn.Linear(4, 32)
+        self.last = nn.Conv2d(32, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        x = self.body(self.stem(x)) * self.style(style)[..., None, None]
+        return self.last(x + 0.1 * torch.randn_like(x)) if self.training else self.last(x)
+
+
+def test_a_budget_is_what_evaluation_runs_and_a_batch_says_what_the_inputs_are() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 64, 64), torch.randn(4, 4)) for _ in range(4)]
+    octave = octify.convert(Styled(), calibration=batches, target=0.7)
+    assert 0.69 < octave.octify_report.cost <= 0.7  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _error(wanted: Tensor, found: Tensor) -> float:
     return float((wanted - found).abs().max() / wanted.abs().max())

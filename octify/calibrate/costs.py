@@ -36,7 +36,8 @@ class CostModel:
         self.dense_macs = dense_macs
         owner = {root: index for index, lever in enumerate(levers) for step in lever.steps for root in step}
         lengths = np.array([len(lever.steps) for lever in levers], dtype=np.float64)
-        nodes = [node for node in flows.ops if _chooses(flows, node)]
+        runs = {node.name for node in flows.trace.eval_graph.nodes}
+        nodes = [node for node in flows.ops if _chooses(flows, node) and node.name in runs]
         rows = [_row(flows, node, owner, lengths) for node in nodes]
         self.layers = [str(node.target) for node in nodes]  # paths, where modules are called
         count = len(levers)

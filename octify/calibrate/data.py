@@ -96,11 +96,13 @@ def take_batches(batches: Batches, samples: int | None) -> list[Any]:
     return found
 
 
-def example_of_batches(batches: Sequence[Any]) -> tuple[int, ...] | None:
-    """The shape of one image of the first batch, with a batch of one."""
+def example_of_batches(batches: Sequence[Any], inputs: int = 1) -> tuple[Tensor, ...] | None:
+    """The first batch's inputs, so many, on the meta device with a batch of one."""
     first: Any = batches[0] if batches else None
-    first = first if isinstance(first, Tensor) or first is None else next(iter(first), None)
-    return (1, *first.shape[1:]) if isinstance(first, Tensor) and first.dim() >= 3 else None
+    given: list[Any] = [first] if isinstance(first, Tensor) else list(first or ())[: max(1, inputs)]
+    if not given or not all(isinstance(value, Tensor) and value.dim() >= 2 for value in given):
+        return None
+    return tuple(torch.empty((1, *value.shape[1:]), dtype=value.dtype, device="meta") for value in given)
 
 
 def collect_inputs(batches: Sequence[Any], wanted: int) -> list[tuple[Tensor, ...]]:

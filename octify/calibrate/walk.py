@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from octify.calibrate.store import Shelf, Store
 from octify.graph import map_leaves, nodes_in
-from octify.module import OctaveModule, graph_of_mode
+from octify.module import OctaveModule
 from octify.trace import Trace
 
 Chunk = tuple[Tensor, ...]  # the model's inputs for some images
@@ -145,8 +145,7 @@ class Walk:
 
 def walk_dense(trace: Trace, chunks: Sequence[Chunk]) -> Walk:
     """A walk over the traced network as it is in eval mode; `trace.model` must be in that mode."""
-    graph = graph_of_mode(trace.graph, training=False) if trace.two_modes else trace.graph
-    return Walk(trace.model, graph, chunks)
+    return Walk(trace.model, trace.eval_graph, chunks)
 
 
 def walk_octave(converted: OctaveModule, chunks: Sequence[Chunk]) -> Walk:

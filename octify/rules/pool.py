@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -199,7 +199,7 @@ class _Values(Op):
 def _adaptive(op: Op, found: Map) -> Reduction | None:
     size: Any = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
     axes = range(2, len(found.shape))
-    lengths = cast("list[int | None]", list(size) if isinstance(size, (tuple, list)) else [size] * len(axes))
+    lengths = cast("Sequence[int | None]", size if isinstance(size, (tuple, list)) else [size] * len(axes))
     sizes = dict(zip(axes, lengths, strict=True))
     reduced = tuple(axis for axis, length in sizes.items() if length == 1)
     known = found.is_plain and all(length in (1, None) for length in sizes.values())
