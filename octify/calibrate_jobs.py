@@ -20,7 +20,7 @@ from octify.calibrate.run import RANKING_IMAGES, Calibration, Options
 from octify.calibrate.sensitivity import SHARES, measure_curves
 from octify.calibrate.source import Source, load_source
 from octify.calibrate.verdict import Verdict, compare
-from octify.checkpoint import check_target, load, read_checkpoint, save
+from octify.checkpoint import check_target, load, read_checkpoint, save, source_in
 from octify.conversion import Conversion
 from octify.convert import calibrate_by_parts, finish, plan_of
 from octify.errors import CalibrationError, CalibrationWarning
@@ -139,11 +139,9 @@ def compare_checkpoint(
         raise CalibrationError(f"{file} is no checkpoint: images compare a converted network with its source")
     header, _ = read_checkpoint(file)
     step("building the source")
-    name = source or header.origin.source
-    if name is None:
-        raise CalibrationError(f"{file} does not say what network it was made from: add --source MODEL --weights FILE")
-    own = weights is not None or (":" in name and name.partition(":")[0] not in ("torchvision", "timm"))
-    model = build_model(name, pretrained=not own, weights=weights)
+    name = source or source_in(header, Path(file))
+    trained = weights is None and resolve(name).library in ("torchvision", "timm")
+    model = build_model(name, pretrained=trained, weights=weights)
     loaded = load(file, model)
     found = images.load(preprocessing(model))
     if labels and found.labels is None:

@@ -216,23 +216,35 @@ def _cast(source: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(source).to(dtype)
 
 
-def build_source(header: Header, path: Path, device: str = "cpu") -> nn.Module:
-    """The network that a checkpoint was made from, with random weights.
+def build_source(header: Header, path: Path, device: str = "cpu", source: str | None = None) -> nn.Module:
+    """The network that a checkpoint was made from, with random weights; `source` is the user's word for which it is.
 
     Raises:
-        CheckpointError: no library has it under the name in the file.
+        CheckpointError: no library has it under the name in the file, and nobody named another.
+        ModelError: `source` cannot be built.
     """
-    source = header.origin.source or ""
-    if not source.startswith(("torchvision:", "timm:")):
-        name = source or header.origin.kind
-        raise CheckpointError(
-            f"{path} was made from {name}, which octify does not build by itself (a file must not run code): "
-            f'pass the network, octify.load("{path}", model=...)'
-        )
-    try:
+    if source is not None:
         return build_model(source, device=device)
+    name = source_in(header, path)
+    try:
+        return build_model(name, device=device)
     except ModelError as error:
-        raise CheckpointError(f"{path} was made from {source}, which cannot be built: {error}") from error
+        raise CheckpointError(f"{path} was made from {name}, which cannot be built: {error}") from error
+
+
+def source_in(header: Header, path: Path) -> str:
+    """The name of a library's network in a checkpoint's header; other names would have a file run code.
+
+    Raises:
+        CheckpointError: it was made from something else.
+    """
+    name = header.origin.source or header.origin.kind
+    if name.startswith(("torchvision:", "timm:")):
+        return name
+    raise CheckpointError(
+        f"{path} was made from {name}, which octify does not build by itself (a file must not run code): add "
+        f'--source {header.origin.source or "FILE.py:FACTORY"}, or pass the network, octify.load("{path}", model=...)'
+    )
 
 
 def _header_of(model: nn.Module, strides: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> Header:

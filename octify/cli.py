@@ -22,6 +22,7 @@ from octify.cli_base import (
     Quiet,
     RecipeName,
     Size,
+    SourceName,
     finish,
     parse_size,
     print_facts,
@@ -129,6 +130,7 @@ def plan(
     operator: OperatorName = None,
     c0: C0 = None,
     input_size: Size = None,
+    source: SourceName = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan as a recipe.")] = None,
     overwrite: Overwrite = False,
     weights: Annotated[Path | None, typer.Option(help="With --sensitivity: a state dict.")] = None,
@@ -144,7 +146,8 @@ def plan(
 ) -> None:
     """Show what convert would do, operation by operation; needs no memory for weights."""
     with working(quiet or as_json) as step:
-        request = Request(model, alpha, recipe, kernels, parse_size(input_size), operator=operator, c0=c0)
+        shape = parse_size(input_size)
+        request = Request(model, alpha, recipe, kernels, shape, operator=operator, c0=c0, source=source)
         if sensitivity:
             _need_images(calibrate is None)
             trained = replace(request, weights=weights, pretrained=pretrained)
@@ -181,9 +184,7 @@ def verify(
     operator: OperatorName = None,
     c0: C0 = None,
     input_size: Size = None,
-    source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The network of a checkpoint of your own.")
-    ] = None,
+    source: SourceName = None,
     weights: Annotated[Path | None, typer.Option(help="With --calibrate: the source's state dict.")] = None,
     calibrate: Place = None,
     labels: Labels = False,
@@ -206,8 +207,9 @@ def verify(
             "a checkpoint has its own recipe: leave out --alpha, --recipe, --kernels, --operator, --c0, --input-size"
         )
     with working(quiet or as_json) as step:
-        request = Request(target, alpha, recipe, kernels, parse_size(input_size), operator=operator, c0=c0)
-        checks = verify_target(request, source, step)
+        shape = parse_size(input_size)
+        request = Request(target, alpha, recipe, kernels, shape, operator=operator, c0=c0, source=source)
+        checks = verify_target(request, step)
     facts = {"target": target, "passed": all(c.passed for c in checks), "checks": [asdict(c) for c in checks]}
     print_facts(facts, lambda: report.checks_table(checks), as_json, quiet)
     finish([check.passed for check in checks])

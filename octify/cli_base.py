@@ -30,6 +30,7 @@ Kernels = Annotated[
 OperatorName = Annotated[str | None, typer.Option(help="octave, compconv or keep; `octify ops` lists them.")]
 C0 = Annotated[int | None, typer.Option(help="compconv: input channels at which its depth grows; 128 is usual.")]
 Size = Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape; the network's own by default.")]
+SourceName = Annotated[str | None, typer.Option(metavar="MODEL", help="The network of a checkpoint of your own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the output if it is there.")]

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from octify.bench import Settings, bench, only_faster, reach_latency
-from octify.checkpoint import build_source, check_target, load, read_checkpoint
+from octify.checkpoint import check_target
+from octify.cli_base import SourceName
 from octify.conversion import Conversion
 from octify.errors import ModelError
 from octify.export import export
-from octify.jobs import Request, is_checkpoint
+from octify.jobs import Request, is_checkpoint, open_checkpoint
 from octify.recipe import Recipe
 from octify.report_speed import bundles_table, comparisons_table
 
@@ -31,6 +32,7 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         alpha: Annotated[float | None, typer.Option(help="Share of low channels.")] = None,
         recipe: Annotated[str | None, typer.Option(metavar="FILE|NAME", help="A recipe.")] = None,
         input_size: Annotated[str | None, typer.Option(metavar="3x224x224", help="One image's shape.")] = None,
+        source: SourceName = None,
         backend: Annotated[str, typer.Option(help="eager,compile,onnxruntime,openvino: one or several.")] = "eager",
         threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
         batch: Annotated[int, typer.Option(help="Images a call.")] = 1,
@@ -50,7 +52,7 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
     ) -> None:
         """Measure dense against octave on this machine, call by call in turn."""
         with working(quiet or as_json) as step:
-            request = Request(model, alpha, recipe, None, parse_size(input_size))
+            request = Request(model, alpha, recipe, None, parse_size(input_size), source=source)
             options: dict[str, Any] = {
                 "threads": threads,
                 "device": device,
@@ -77,6 +79,7 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         multiple: Annotated[
             int, typer.Option(help="Take multiples of it only; at 32 ONNX Runtime is faster than at any size.")
         ] = 1,
+        source: SourceName = None,
         overwrite: Annotated[bool, typer.Option(help="Replace the output if it is there.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
         quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -84,7 +87,8 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         """Write a checkpoint for another runtime: optimised, checked there, and free of octify."""
         with working(quiet or as_json) as step:
             step(f"exporting {checkpoint}")
-            done = export(checkpoint, output, format, overwrite=overwrite, multiple=multiple)
+            found: Any = open_checkpoint(checkpoint, source)[2] if source else checkpoint
+            done = export(found, output, format, overwrite=overwrite, multiple=multiple)
         facts = {**asdict(done), "path": str(done.path)}
         open_axes = " and ".join(done.dynamic) or "nothing"
         steps = f" in steps of {done.multiple}" if "size" in done.dynamic and done.multiple > 1 else ""
@@ -95,9 +99,7 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
 def _pair(request: Request) -> tuple[Any, Any]:
     """The dense network, and the octave one made of it or loaded."""
     if is_checkpoint(request.model):
-        octave = load(request.model)
-        header, _ = read_checkpoint(request.model)
-        source = build_source(header, Path(request.model))
+        header, source, octave = open_checkpoint(request.model, request.source)
         reading = Conversion.read(source, Recipe.uniform(0.0), header.origin.example())
         return reading.apply(reading.plan()), octave
     reading = request.read()

@@ -21,7 +21,7 @@ from octify.convert import Example, example_of
 from octify.errors import BackendError, CheckpointError
 from octify.origin import origin_of
 from octify.plan import Plan
-from octify.program import hushed, trace_program
+from octify.program import AXES, hushed, trace_program
 from octify.recipe import Recipe
 from octify.runtimes import RUNTIMES, Run, need, open_exported
 from octify.version import __version__
@@ -84,14 +84,15 @@ def export(
     reals = [torch.randn(value.shape, generator=seeded).to(value.dtype) for value in example]
     if multiple < 1 or any(size % multiple for value in reals for size in image_size(value)):
         raise BackendError(f"the example is {_shapes(reals)}: expected a height and width divisible by {multiple}")
-    program, dynamic = trace_program(source, reals, multiple=multiple)
+    other = _other_size(source, reals, multiple)
+    program, dynamic = trace_program(source, reals, AXES if other else AXES[:1], multiple)
     with _scratch(target) as folder:
         draft = folder / target.name
         sizes = {"multiple": str(multiple)} if multiple > 1 else {}
         WRITERS[chosen](program, draft, metadata_of(source) | sizes)
         run = open_exported(draft, chosen)
-        others = [[_resized(value, multiple) for value in reals]] if "size" in dynamic else []
-        error = max(_check(source, given, run, chosen) for given in (reals, *others))
+        checked = (reals, other) if other and "size" in dynamic else (reals,)
+        error = max(_check(source, given, run, chosen) for given in checked)
         _publish(draft, target)
     return Exported(target, chosen, dynamic, error, multiple)
 
@@ -206,10 +207,24 @@ def image_size(value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape[max(2, value.dim() - 2) :])
 
 
-def _resized(value: Tensor, multiple: int) -> Tensor:
-    """The same image at another size: an odd one, 16 to 17 less where it is larger than 48; or the next multiple."""
+def _other_size(source: nn.Module, inputs: Sequence[Tensor], multiple: int) -> list[Tensor] | None:
+    """The inputs at another size that the network takes: an odd one, 16 to 17 less where they are larger than 48, or a
+    multiple; None if it takes no other.
+    """
+    for step in (0, 32) if multiple == 1 else (multiple,):
+        given = [_resized(value, step) for value in inputs]
+        try:
+            with torch.inference_mode():
+                copy.deepcopy(source).cpu().eval()(*given)
+        except Exception:  # whatever a network that was made for some sizes runs into
+            continue
+        return given
+    return None
+
+
+def _resized(value: Tensor, step: int) -> Tensor:
     for axis, size in enumerate(image_size(value), max(2, value.dim() - 2)):
-        other = (size - 16 if size > 48 else size) // 2 * 2 + 1 if multiple == 1 else size + multiple
+        other = size + step if step else (size - 16 if size > 48 else size) // 2 * 2 + 1
         value = value.index_select(axis, torch.arange(other) % size)
     return value
 

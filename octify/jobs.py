@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.check import Check
-from octify.checkpoint import build_source, check_target, load, read_checkpoint, save
+from octify.checkpoint import Header, build_source, check_target, load, read_checkpoint, save
 from octify.conversion import Conversion
 from octify.convert import choose_recipe
 from octify.cost import Cost, model_cost, source_cost
@@ -34,7 +34,10 @@ Step = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for on the command line; `input_size` is one image's shape."""
+    """What a user asks for on the command line.
+
+    `input_size` is one image's shape; `source` names the network of a checkpoint that was made from a user's own.
+    """
 
     model: str
     alpha: float | None = None
@@ -46,6 +49,7 @@ class Request:
     seed: int = 0
     operator: str | None = None
     c0: int | None = None
+    source: str | None = None
 
     @property
     def weights_are_random(self) -> bool:
@@ -155,11 +159,11 @@ def plan_model(request: Request, step: Step) -> tuple[dict[str, Any], Plan, Conv
 
 def _read_stored(request: Request) -> tuple[Conversion, Plan, str | None]:
     """What a checkpoint was made from, its plan, and the source's name."""
-    if request != Request(request.model):
+    if request != Request(request.model, source=request.source):
         raise ModelError(f"{request.model} has its own plan: leave out --alpha, --recipe, --kernels and the like")
     header, _ = read_checkpoint(request.model)
     device = "cpu" if header.plan.how == "parts" else "meta"  # finding parts takes a run
-    source = build_source(header, Path(request.model), device)
+    source = build_source(header, Path(request.model), device, request.source)
     return Conversion.read(source, header.recipe, header.origin.example()), header.plan, header.origin.source
 
 
@@ -227,10 +231,19 @@ def _compare(before: float, after: float) -> dict[str, float]:
     return {"before": round(before, 4), "after": round(after, 4), "ratio": round(ratio, 4)}
 
 
-def verify_target(request: Request, source: str | None, step: Step) -> list[Check]:
-    """All checks of a model's conversion, or of a checkpoint's.
+def open_checkpoint(path: str, source: str | None) -> tuple[Header, nn.Module, nn.Module]:
+    """A checkpoint's header, its source network (with other weights), and the converted one.
 
-    `source` names the network of a checkpoint that was made from a user's own.
+    Raises:
+        OctifyError: the file is none or cannot be loaded, or its source cannot be built.
+    """
+    header, _ = read_checkpoint(path)
+    model = build_source(header, Path(path), source=source)
+    return header, model, load(path, model)
+
+
+def verify_target(request: Request, step: Step) -> list[Check]:
+    """All checks of a model's conversion, or of a checkpoint's.
 
     Raises:
         OctifyError: whatever keeps the checks from being run.
@@ -240,10 +253,8 @@ def verify_target(request: Request, source: str | None, step: Step) -> list[Chec
         reading = request.read()
         step("checking")
         return all_checks(reading)
-    header, _ = read_checkpoint(request.model)
     step("building the source")
-    model = build_model(source) if source else build_source(header, Path(request.model))
-    loaded = load(request.model, model)
+    header, model, loaded = open_checkpoint(request.model, request.source)
     reading = Conversion.read(model.to(next(loaded.parameters()).dtype), header.recipe, header.origin.example())
     step("checking")
     tensors = len(loaded.state_dict())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from octify.graph import map_nodes, set_module
+from octify.graph import map_nodes, set_module, writes_in_place
 
 
 class ModeCall(nn.Module):
@@ -123,3 +124,15 @@ def _use_mode_calls(graph: fx.Graph, flags: dict[fx.Node, list[int | str]], mode
         node.target = f"octify_modes.{count}"
     if flags:
         model.get_submodule("octify_modes").train(model.training)
+
+
+def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
+    """The part of a graph with outputs of both modes that one of them needs."""
+    copied = copy.deepcopy(graph)
+    output = next(node for node in reversed(copied.nodes) if node.op == "output")
+    train, evaluate = cast("tuple[Any, Any]", output.args[0])
+    output.args = (train if training else evaluate,)
+    for node in reversed(list(copied.nodes)):
+        if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
+            copied.erase_node(node)
+    return copied

@@ -15,7 +15,8 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverloadPacket
 
-from octify.graph import map_leaves, writes_in_place
+from octify.graph import map_leaves
+from octify.modes import graph_of_mode
 from octify.tracer import SymbolicTracer
 
 _SKIP = {"_parameters", "_buffers", "_modules", "training", "forward", "_code", "_graph", "meta"}
@@ -202,15 +203,3 @@ def _thaw(argument: Any) -> Any:
     if type(argument) is tuple:
         return tuple(_thaw(item) for item in cast("tuple[Any, ...]", argument))
     return argument
-
-
-def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
-    """The part of a graph with outputs of both modes that one of them needs."""
-    copied = copy.deepcopy(graph)
-    output = next(node for node in reversed(copied.nodes) if node.op == "output")
-    train, evaluate = cast("tuple[Any, Any]", output.args[0])
-    output.args = (train if training else evaluate,)
-    for node in reversed(list(copied.nodes)):
-        if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
-            copied.erase_node(node)
-    return copied

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from octify.branches import takes_branches
 from octify.errors import BackendError
 from octify.optimize import flatten
 
 _ATEN: Any = torch.ops.aten
+AXES = ("batch", "size")  # what a file may leave open
 NEAREST = (_ATEN.upsample_nearest1d.vec, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest3d.vec)
 
 
 def trace_program(
-    model: nn.Module, inputs: Sequence[Tensor], fixed: bool = False, multiple: int = 1
+    model: nn.Module, inputs: Sequence[Tensor], may_open: Sequence[str] = AXES, multiple: int = 1
 ) -> tuple[Any, tuple[str, ...]]:
-    """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can,
-    or none if `fixed`; open sizes are multiples of `multiple`.
+    """`torch.export`'s program of the optimised form, and which axes it leaves open: as many as it can of those that
+    it may; open sizes are multiples of `multiple`.
 
     Raises:
         BackendError: it cannot be traced with any.
@@ -32,13 +34,11 @@ def trace_program(
     ready = copy.deepcopy(model).cpu().eval()
     form = flatten(ready, tuple(value.to("meta") for value in inputs))
     how = getattr(getattr(model, "octify_plan", None), "how", "symbolic")
-    tries = (
-        ((),)
-        if fixed
-        else {"symbolic": (("batch", "size"), ("batch",), ()), "free batch": (("batch",), ())}.get(how, ((),))
-    )
+    sized = AXES[:1] if takes_branches(form.graph) else AXES
+    traced = {"symbolic": AXES, "guarded": sized, "free batch": AXES[:1]}.get(how, ())
+    wanted = tuple(axis for axis in traced if axis in may_open)
     reasons: list[str] = []
-    for axes in tries:
+    for axes in (wanted[:count] for count in range(len(wanted), -1, -1)):
         try:
             program = _program(form, inputs, axes, multiple)
         except Exception as error:

@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 from octify.errors import ModelError, TraceError
 from octify.functional import FunctionCall, take_functions
 from octify.graph import map_leaves, meta_copy, named_modules, own_tensors, record_values, sharing_copy, to_meta
-from octify.modes import join_modes
-from octify.module import graph_of_mode
+from octify.modes import graph_of_mode, join_modes
 from octify.ops import same_branch_
 from octify.shaped import FixedTracer, FreeBatchTracer, GuardedTracer
 from octify.tracer import SymbolicTracer

@@ -178,8 +178,11 @@ def test_a_network_of_ones_own(my_net: Path, tmp_path: Path) -> None:
     assert run("inspect", path).exit_code == 0
     refused = run("verify", path)
     assert refused.exit_code == 1
-    assert "model=" in refused.stderr
+    assert "model=" in refused.stderr and f"--source {source}" in refused.stderr
     assert run("verify", path, "--source", source).exit_code == 0
+    assert run("plan", path, "--source", source).exit_code == 0
+    assert run("export", path, "--source", source, "-o", tmp_path / "m.pt2").exit_code == 0
+    assert run("bench", path, "--source", source, "--rounds", "1").exit_code == 0
 
 
 def test_what_there_is(tmp_path: Path) -> None:

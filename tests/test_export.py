@@ -57,6 +57,50 @@ def test_a_file_agrees_in_its_own_runtime_at_any_size(format: str, tmp_path: Pat
         assert (run(image)[0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
+class OneSize(Small):
+    """A classifier that looks at every position: it takes one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32 * 16 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.one(self.stem(x)))
+        return self.head(x.view(x.size(0), -1))
+
+
+class Stacked(Small):
+    """Python counts what it makes, so it is traced along the example's branches; they are those of every size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.one(self.stem(x)).chunk(2, 1))
+        return self.head(self.down(torch.cat([*parts[::-1]], 1)).mean((2, 3)))
+
+
+class Halved(Small):
+    """Takes even sizes only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.stem(x))
+        small = nn.functional.interpolate(nn.functional.max_pool2d(x, 2), scale_factor=2.0)
+        return self.head(self.down(x + small).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "open_axes"), [(OneSize, ("batch",)), (Stacked, ("batch", "size")), (Halved, ("batch", "size"))]
+)
+def test_a_file_leaves_open_what_the_network_takes(
+    kind: type[nn.Module], open_axes: tuple[str, ...], tmp_path: Path
+) -> None:
+    net = octave(kind())
+    done = octify.export(net, tmp_path / "net.onnx")
+    assert done.dynamic == open_axes and done.error <= 1e-4
+    image = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        wanted = net(image)
+    assert (open_exported(done.path, "onnx", 1)(image)[0] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_a_file_for_multiples_upsamples_by_a_factor_and_refuses_other_sizes(format: str, tmp_path: Path) -> None:
     net = octave()

@@ -22,7 +22,7 @@ octconv compweights
 transposed linear
 layers
 rules.base
-tracer ties norms operators rules.select
+tracer ties norms operators rules.select rules.elementwise
 shaped
 trace
 module

@@ -162,7 +162,7 @@ def _file_runner(model: nn.Module, inputs: Sequence[Tensor], settings: Settings)
     """The exported file at this fixed size, in its runtime."""
     kind, name = FILES[settings.backend]
     given = [value.to(torch.float32).contiguous() for value in inputs]
-    program, _ = trace_program(model, given, fixed=True)
+    program, _ = trace_program(model, given, ())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         WRITERS[kind](program, path, {})

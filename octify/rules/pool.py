@@ -16,7 +16,7 @@ from octify.layout import run_of
 from octify.ops import along_axes, global_max, global_mean, global_sum, over_channels, over_parts, without_places
 from octify.pooling import OctPool, Window
 from octify.rules.base import Bands, Build, Dense, Map, Op, Plain, Rule, Ties, register
-from octify.rules.join import OfTwo
+from octify.rules.elementwise import OfTwo
 
 
 class WindowPool(Rule):
