@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from octify.checkpoint import check_target, load
 from octify.convert import Example, example_of
 from octify.errors import BackendError, CheckpointError
+from octify.graph import random_like
 from octify.origin import origin_of
 from octify.plan import Plan
 from octify.program import AXES, hushed, trace_program
@@ -81,7 +82,7 @@ def export(
     source = model if isinstance(model, nn.Module) else load(model)
     example = example_of(source, example_inputs)
     seeded = torch.Generator().manual_seed(0)
-    reals = [torch.randn(value.shape, generator=seeded).to(value.dtype) for value in example]
+    reals = [random_like(value, seeded) for value in example]
     if multiple < 1 or any(size % multiple for value in reals for size in image_size(value)):
         raise BackendError(f"the example is {_shapes(reals)}: expected a height and width divisible by {multiple}")
     other = _other_size(source, reals, multiple)

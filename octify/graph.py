@@ -179,6 +179,13 @@ def to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu") else value
 
 
+def random_like(value: Tensor, dice: torch.Generator) -> Tensor:
+    """Noise of a tensor's shape and type, on the CPU: normal numbers, or zeros and ones where they are whole."""
+    if value.is_floating_point() or value.is_complex():
+        return torch.randn(value.shape, generator=dice).to(value.dtype)
+    return torch.randint(0, 2, value.shape, generator=dice).to(value.dtype)
+
+
 def _shape_of_batch_norm(x: Tensor, *_: Any, **__: Any) -> Tensor:
     """On meta, PyTorch runs batch norm through a decomposition in Python, which takes most of the time."""
     return torch.empty_like(x)

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from octify.check import check_graph
 from octify.errors import ModelError, TraceError
 from octify.flows import Flows, asks_for_change
-from octify.graph import map_leaves, named_modules, set_module, sharing_copy, structural_copy
+from octify.graph import map_leaves, named_modules, random_like, set_module, sharing_copy, structural_copy
 from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
 from octify.rewrite import clone_tensor, rewrite_graph
@@ -142,7 +142,7 @@ def _record_calls(model: nn.Module, example: tuple[Any, ...], failure: TraceErro
         raise TraceError(f"{failure}\n  parts: the model is on the meta device, and finding its parts takes a run")
     device = tensors[0].device if tensors else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
-    real = [torch.rand(value.shape, generator=generator, dtype=value.dtype).to(device) for value in example]
+    real = [random_like(value, generator).to(device) for value in example]
     with torch.no_grad(), ExitStack() as stack:
         for path, module in named_modules(model):
             stack.callback(module.register_forward_pre_hook(hook(path), with_kwargs=True).remove)

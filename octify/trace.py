@@ -62,7 +62,7 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
     `example` holds the inputs (tensors on any device; only their shapes and types matter), `ways` which are tried.
 
     Raises:
-        ModelError: the model holds modules that nothing can trace.
+        ModelError: the model holds modules that nothing can trace, or octave ones.
         TraceError: no way of tracing works; the message says what each one met.
     """
     _refuse_untraceable(model)
@@ -75,6 +75,8 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
             return _trace_both_modes(model, example, how, tracers[how])
         except Exception as error:  # a model's forward may raise anything under a tracer
             failures.append(f"{how}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if any("octify_plan" in vars(module) or "octify_passes" in vars(module) for _, module in named_modules(model)):
+        raise ModelError(f"{type(model).__name__} is converted already: pass the network that it was made from")
     reasons = "\n  ".join(failures)
     raise TraceError(f"{type(model).__name__} cannot be traced as a whole.\n  {reasons}")
 
@@ -85,6 +87,8 @@ def _refuse_untraceable(model: nn.Module) -> None:
         name = f'"{path}" ({type(module).__name__})' if path else type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{name} is TorchScript, which cannot be traced: pass the module that it was made from")
+        if hasattr(module, "_orig_mod"):
+            raise ModelError(f"{name} is compiled: pass the module that it was made from, and compile the result")
         if any(is_lazy(tensor) for tensor in own_tensors(module)):
             raise ModelError(f"{name} has no weights yet: run the model once, so that its lazy layers get them")
 

@@ -16,7 +16,7 @@ from octify.check import Check, structure_checks
 from octify.conversion import Conversion
 from octify.convert import plan_of
 from octify.flows import Flows
-from octify.graph import sharing_copy
+from octify.graph import random_like, sharing_copy
 from octify.layers import Merge, OctConv, Split
 from octify.operators import transfer_notes
 from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
@@ -126,13 +126,13 @@ def _shrink(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
 
 
 def random_inputs(shapes: Sequence[Sequence[int]], flows: Flows, source: nn.Module) -> list[Tensor]:
-    """Normal numbers of the given shapes, the same on every call."""
+    """Noise of the given shapes, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     place = next(source.parameters(), torch.empty(0))
     types = [value.dtype for value in flows.trace.inputs if isinstance(value, Tensor)]
     types = [place.dtype if dtype.is_floating_point else dtype for dtype in types]
-    made = [torch.randn(tuple(shape), generator=generator) for shape in shapes]
-    return [value.to(place.device, dtype) for value, dtype in zip(made, types, strict=True)]
+    like = [torch.empty(tuple(shape), dtype=dtype, device="meta") for shape, dtype in zip(shapes, types, strict=True)]
+    return [random_like(value, generator).to(place.device) for value in like]
 
 
 @torch.no_grad()

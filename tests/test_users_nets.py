@@ -289,3 +289,30 @@ def test_what_cannot_be_traced_is_refused_by_name() -> None:
         converted(scripted, 0.5)
     with pytest.raises(ModelError, match=r'"b" .* has no weights yet'):
         converted(lazy, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda net: torch.relu, "expected a torch.nn.Module"),
+        (torch.compile, "is compiled: pass the module"),
+        (lambda net: converted(net, 0.5), "is converted already"),
+        (lambda net: octify.optimize(net, example_inputs=SIZES[0]), "is converted already"),
+    ],
+)
+def test_what_is_no_source_is_refused_by_name(spoil: Callable[[nn.Module], nn.Module], said: str) -> None:
+    given = spoil(Body().eval())
+    with pytest.raises(ModelError, match=said):
+        converted(given, 0.25)
+
+
+def test_whole_numbers_are_examples_of_their_own_kind() -> None:
+    class Pixels(Body):
+        def forward(self, x: Tensor) -> object:
+            return super().forward(x.float() / 255)
+
+    images = [torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8) for _ in range(4)]
+    octave = octify.convert(Pixels().eval(), calibration=images, target=0.8)
+    assert torch.isfinite(octave(images[0])).all()
+    with pytest.raises(ModelError, match="1x3x64x64"):
+        octify.convert(Body().eval(), calibration=images, target=0.8)

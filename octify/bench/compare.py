@@ -19,7 +19,7 @@ from octify.bench.runners import FILES, Settings, runner, threads
 from octify.convert import Example, example_of
 from octify.cost import COUNTED, model_cost
 from octify.errors import ModelError
-from octify.graph import meta_copy
+from octify.graph import meta_copy, random_like
 from octify.module import OctaveModule
 
 
@@ -128,10 +128,10 @@ def bench(
 def random_inputs(model: nn.Module, given: Example = None, batch: int | None = None) -> list[Tensor]:
     """Noise in the shapes of the example inputs."""
     seeded = torch.Generator().manual_seed(0)
-    shapes = [tuple(value.shape) for value in example_of(model, given)]
-    if not shapes:
+    like = [value.new_empty((batch or len(value), *value.shape[1:])) for value in example_of(model, given)]
+    if not like:
         raise ModelError("there are no example inputs to measure with")
-    return [torch.randn((batch or shape[0], *shape[1:]), generator=seeded) for shape in shapes]
+    return [random_like(value.float() if value.is_floating_point() else value, seeded) for value in like]
 
 
 def mac_ratio(dense: nn.Module, octave: nn.Module, inputs: Sequence[Tensor]) -> float:

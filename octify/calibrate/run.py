@@ -63,6 +63,7 @@ class Calibration:
     """One calibration at work: its images, its options and its report."""
 
     def __init__(self, flows: Flows, batches: Sequence[Any], options: Options) -> None:
+        _refuse_senseless(options)
         self.flows, self.options = flows, options
         self.recipe = flows.recipe  # once run, the one that was chosen
         self.images: Images = read_images(flows.trace, batches, options.samples)
@@ -258,6 +259,17 @@ class Calibration:
         if loss:
             step.after = loss()
         self.report.steps.append(step)
+
+
+def _refuse_senseless(options: Options) -> None:
+    if options.target is not None and not 0 < options.target <= 1:
+        raise CalibrationError(
+            f"target is {options.target:g}: expected a share of the dense cost, above 0 and at most 1"
+        )
+    if options.max_loss is not None and not options.max_loss >= 0:
+        raise CalibrationError(
+            f"max_loss is {options.max_loss:g}: expected a share of the outputs' variance, 0 or more"
+        )
 
 
 def _candidates(levers: Sequence[Lever], curves: Sequence[Curve], cost: CostModel, target: float) -> list[list[int]]:
