@@ -162,9 +162,30 @@ def pad_bands(
         start = (left + 1) // 2
         length = wanted + left % 2
         low = _pad(low, [0, 0] * axis + [start, length - start - low.shape[where]], mode, value)
-        if left % 2:
-            low = (low.narrow(where, 0, wanted) + low.narrow(where, 1, wanted)) / 2
+        if type(left) is not int or left % 2:  # an exported graph must not fix an open amount's parity
+            low = (low.narrow(where, 0, wanted) + low.narrow(where, left % 2, wanted)) / 2
     return padded, low
+
+
+def crop_bands(high: Tensor, low: Tensor, crops: Sequence[tuple[int, Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Both bands of a map that is cut along some axes: (axis from the last, start, stop), as slices say it."""
+    for axis, start, stop in crops:
+        where = high.dim() - 1 - axis
+        length = high.shape[where]
+        begin, end = _place(start, length, 0), _place(stop, length, length)
+        if start in (None, 0):
+            high, low = high.narrow(where, 0, end), low.narrow(where, 0, halve([end])[0])
+        else:
+            high, low = pad_bands(high, low, [0, 0] * axis + [-begin, end - length])
+    return high, low
+
+
+def _place(value: Any, length: int, default: int) -> Any:
+    """Where a slice begins or ends on an axis."""
+    if value is None:
+        return default
+    shortest: Any = torch.sym_min
+    return shortest(value + length if value < 0 else value, length)
 
 
 def _padded_shape(x: Tensor, pads: Sequence[int]) -> list[int]:
@@ -205,6 +226,6 @@ def leave_(context: Any) -> None:
 
 
 WRAPPED = (
-    take_channels, full_shape, halve, global_mean, global_sum, global_max, over_channels, over_parts, resize_bands,
-    pad_bands,
+    take_channels, full_shape, halve, global_mean, global_sum, global_max, along_axes, over_channels, over_parts,
+    without_places, resize_bands, pad_bands, crop_bands,
 )  # fmt: skip

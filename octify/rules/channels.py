@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes, nodes_in, value_of
-from octify.ops import pad_bands
+from octify.graph import input_nodes, map_nodes, nodes_in, value_of
+from octify.ops import crop_bands
 from octify.rules.base import Bands, Build, Dense, Ids, Map, Op, Rule, Ties, register
 from octify.rules.select import select
 
@@ -145,7 +145,7 @@ class Shuffle(Rule):
 
 
 class GetItem(Rule):
-    """A piece of a tuple, or a slice of channels."""
+    """A piece of a tuple; or a slice of channels, and of the map from some place to another."""
 
     kind = "splits"
 
@@ -154,13 +154,13 @@ class GetItem(Rule):
         source, index = op.argument(0, ""), op.concrete(1, "")
         if isinstance(source, (tuple, list)):
             return source[index]  # pyright: ignore
-        if nodes_in(op.node.args[1]):
-            raise Dense("its slice depends on the map's size")
-        chosen = self._channels(source, index)
         found = cast(Map, source)
-        if self._cuts(found, index) and op.too_small(op.shape[axis] for axis in found.spatial):
+        parts = self._parts(found, index)
+        if len(found.channel) != 1 or not all(isinstance(part, slice) for part in parts):
+            raise Dense("it picks single positions")
+        if self._crops(op, found) and op.too_small(op.shape[axis] for axis in found.spatial):
             raise Dense("its map is less than twice min_size")
-        return source.with_ids(chosen, op.shape)
+        return found.with_ids(found.ids[parts[found.channel[0]]], op.shape)
 
     def _parts(self, source: Map, index: Any) -> tuple[Any, ...]:
         """One entry an axis."""
@@ -171,35 +171,18 @@ class GetItem(Rule):
             return (*parts[:where], *(slice(None),) * (missing + 1), *parts[where + 1 :])
         return (*parts, *(slice(None),) * missing)
 
-    def _channels(self, source: Map, index: Any) -> Ids:
-        parts = self._parts(source, index)
-        if len(source.channel) != 1 or not all(isinstance(part, slice) for part in parts):
-            raise Dense("it picks single positions")
-        axis = source.channel[0]
-        self._cuts(source, index)
-        return source.ids[parts[axis]]
-
-    def _cuts(self, source: Map, index: Any) -> list[int]:
-        """What a slice cuts off the halved axes, as negative padding (last axis first); empty if nothing."""
-        pads: list[int] = []
-        for axis, part in reversed(list(enumerate(self._parts(source, index)))):
-            start, stop, step = part.indices(source.shape[axis])
-            whole = (start, stop, step) == (0, source.shape[axis], 1)
+    def _crops(self, op: Op, source: Map) -> tuple[tuple[int, Any, Any], ...]:
+        """Halved axes that are cut, counted from the last, from where and to where: as the source computes it."""
+        crops: list[tuple[int, Any, Any]] = []
+        for axis, part in enumerate(self._parts(source, op.node.args[1])):
             if axis in source.channel:
-                continue
-            if not whole and (axis not in source.spatial or step != 1 or not source.is_plain):
-                raise Dense("it slices more than channels")
-            if axis in source.spatial:
-                pads += [-start, self._end(part, source.shape[axis])]
-        return pads if any(pads) else []
-
-    def _end(self, part: slice, length: int) -> int:
-        """The cut at the end; one counted from the front would depend on the map's size."""
-        if part.stop is None or part.stop >= length:
-            return 0
-        if part.stop < 0:
-            return part.stop
-        raise Dense("it slices to a fixed position")
+                if nodes_in(part):
+                    raise Dense("its slice of channels depends on the map's size")
+            elif part != slice(None):
+                if axis not in source.spatial or part.step not in (None, 1) or not source.is_plain:
+                    raise Dense("it slices more than channels")
+                crops.append((len(source.shape) - 1 - axis, part.start, part.stop))
+        return tuple(crops)
 
     def emit(self, op: Op, build: Build) -> Any:
         """The piece that was emitted, or a slice of the bands."""
@@ -208,12 +191,11 @@ class GetItem(Rule):
         if isinstance(source, (tuple, list)):
             return source[index]  # pyright: ignore
         found: Map = op.values[op.node.args[0]]  # pyright: ignore
-        places = Map(found.shape, np.arange(found.ids.size), found.channel, found.spatial)
-        cuts = self._cuts(found, index)
-        if cuts:
-            node = build.function(pad_bands, source.high, source.low, tuple(cuts))
+        if crops := map_nodes(self._crops(op, found), build.dense):
+            node = build.function(crop_bands, source.high, source.low, crops)
             source = Bands(*build.pair(node), source.layout, found)
-        return select(build, source, self._channels(places, index), op.values[op.node])
+        channels = np.arange(found.ids.size)[self._parts(found, index)[found.channel[0]]]
+        return select(build, source, channels, op.values[op.node])
 
 
 register(Cat(), functions=(torch.cat, torch.concat, torch.concatenate))

@@ -9,7 +9,7 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes, nodes_in, slice_channels
+from octify.graph import input_nodes, map_nodes, nodes_in, slice_channels
 from octify.ops import pad_bands
 from octify.pooling import Twin
 from octify.rules.base import Bands, Build, Dense, Map, Op, Rule, Ties, register
@@ -26,27 +26,32 @@ class Pad(Rule):
         size = [op.shape[axis] for axis in source.spatial]
         if op.too_small(size):
             raise Dense(f"its map of {'x'.join(map(str, size))} is less than twice min_size")
-        if op.module is None and nodes_in((op.node.args[1:], op.node.kwargs.get("pad"))):
-            raise Dense("its padding depends on the map's size")
-        pads, _, _ = self._arguments(op)
+        pads, mode, value = self._arguments(op)
+        if not all(isinstance(amount, int) for amount in pads) or nodes_in((mode, value)):
+            raise Dense("its padding is no list of numbers")
         if len(pads) > 2 * len(source.spatial) and any(pads[2 * len(source.spatial) :]):
             raise Dense("it pads more than the halved axes")
         return source.with_ids(source.ids, op.shape)
 
-    def _arguments(self, op: Op) -> tuple[tuple[int, ...], str, float]:
+    def _arguments(self, op: Op) -> tuple[tuple[Any, ...], str, float]:
+        """Amounts (at the example's size), mode and value."""
         if op.module is not None:
-            pads: Any = op.module.padding
-            mode = _MODES[type(op.module)]
-            value = getattr(op.module, "value", 0.0)
-        else:
-            pads, mode = op.concrete(1, "pad"), op.concrete(2, "mode", "constant")
-            value = op.concrete(3, "value") or 0.0
-        return tuple(int(amount) for amount in pads), mode, float(value)
+            return tuple(op.module.padding), _MODES[type(op.module)], float(getattr(op.module, "value", 0.0))  # pyright: ignore
+        pads, mode = op.concrete(1, "pad"), op.concrete(2, "mode", "constant")
+        return tuple(pads), mode, float(op.concrete(3, "value") or 0.0)
+
+    def _amounts(self, op: Op, build: Build) -> tuple[Any, ...]:
+        """The amounts as arguments; what the source computes from sizes is computed in the octave network, too."""
+        if op.module is not None:
+            return tuple(op.module.padding)  # pyright: ignore
+        raw: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs["pad"]
+        return tuple(map_nodes(tuple(raw), build.dense))
 
     def emit(self, op: Op, build: Build) -> Bands:
         """One function over both bands."""
         source: Bands = build.value(op.node.args[0] if op.node.args else op.node.kwargs["input"])  # pyright: ignore
-        pads, mode, value = self._arguments(op)
+        _, mode, value = self._arguments(op)
+        pads = self._amounts(op, build)
         pads = (*pads, *(0,) * (2 * len(source.map.spatial) - len(pads)))[: 2 * len(source.map.spatial)]
         node = build.function(pad_bands, source.high, source.low, pads, mode, value)
         return Bands(*build.pair(node), source.layout, op.values[op.node])
