@@ -158,6 +158,10 @@ class Flows:
         if module is None or not _has_weights(module):
             return
         before = self.calls.setdefault(str(node.target), (reads, gives))
+        if bool(before[0]) != bool(reads):
+            for found in (*before[0], *reads):
+                self.classes.pin(found.ids, "its reader reads a dense map as well")
+            self.calls[str(node.target)] = (before[0] or reads, before[1])
         for old, new in ((before[0], reads), (before[1], gives)):
             for first, second in zip(old, new, strict=False):
                 if first is not second:

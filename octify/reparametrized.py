@@ -35,8 +35,11 @@ def settled(module: nn.Module) -> nn.Module:
         return module
     found = sharing_copy(module).eval()  # in train mode spectral norm iterates
     hooks: dict[int, Any] = cast(Any, found)._forward_pre_hooks
+    own: dict[str, Any] = cast(Any, found)._parameters
     for key, hook in list(hooks.items()):
         if isinstance(hook, HOOKS):
+            for name, parameter in list(own.items()):  # taking pruning away writes into them
+                own[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             cast(Any, hook).remove(found)
             del hooks[key]
     found = _without_parametrizations(found) if parametrize.is_parametrized(found) else found

@@ -27,6 +27,16 @@ class ShapedProxy(WritableProxy):
         return self.node.meta["value"]
 
     @property
+    def is_tensor(self) -> bool:
+        """Whether the value is one."""
+        return isinstance(self.value, Tensor)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Where the model is."""
+        return any(tensor.is_cuda for tensor in cast(FixedTracer, self.tracer).root.parameters())
+
+    @property
     def shape(self) -> Any:
         """The real shape; with a free batch its first entry is a proxy."""
         return cast(FixedTracer, self.tracer).shape_of(self)
@@ -88,7 +98,10 @@ class ShapedProxy(WritableProxy):
         return cast(FixedTracer, self.tracer).number(self)
 
     def __int__(self) -> int:
-        return cast(FixedTracer, self.tracer).number(self)
+        return int(cast(FixedTracer, self.tracer).number(self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
 
     def __float__(self) -> float:
         return float(cast(FixedTracer, self.tracer).number(self))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -96,7 +98,8 @@ def _refuse_untraceable(model: nn.Module) -> None:
 def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, tracer: type[SymbolicTracer]) -> Trace:
     ghosts = cast("tuple[Any, ...]", map_leaves(example, to_meta))
     root = sharing_copy(model)
-    train, evaluate = (_trace_mode(model, root, ghosts, tracer, training) for training in (True, False))
+    with _kept_buffers(model) as changed:
+        train, evaluate = (_trace_mode(model, root, ghosts, tracer, training) for training in (True, False))
     graph, two_modes = join_modes(train, evaluate, root)
     graph._tracer_cls = SymbolicTracer  # pyright: ignore[reportPrivateUsage] - pickling retraces with octify's leaves
     notes = {
@@ -108,7 +111,25 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
     }
     record_values(meta_copy(root).eval(), graph, ghosts)
     functions = take_functions(graph, root)
+    if changed:
+        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        notes[how].append(f"the forward writes to buffers by itself ({names}): in training the converted model may not")
     return Trace(root, graph, ghosts, how, two_modes, notes[how], functions)
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Generator[list[str]]:
+    """What a forward writes to the source's buffers while it is traced is undone; gives their names."""
+    kept = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for name, buffer, version, before in kept:
+            if buffer._version != version:
+                changed.append(name)
+                with torch.no_grad():
+                    buffer.copy_(before)
 
 
 def _trace_mode(

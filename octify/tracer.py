@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -124,7 +125,20 @@ class SymbolicTracer(fx.Tracer):
 
 
 class WritableProxy(fx.Proxy):
-    """A proxy whose items can be assigned."""
+    """A proxy whose items can be assigned, and which a forward that asks takes for a tensor."""
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A tensor's to whoever asks from outside of torch and octify (`isinstance(x, Tensor)`)."""
+        asks = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+        place = str(asks.f_globals.get("__name__", ""))
+        inside = place.partition(".")[0] in ("torch", "octify") and asks.f_code.co_name != "is_tensor"
+        return type(self) if inside or not self.is_tensor else torch.Tensor
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it stands for one; a symbol may."""
+        return True
 
     def __setitem__(self, index: Any, value: Any) -> None:
         tracer = cast(SymbolicTracer, self.tracer)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import octify.optimize.passes as passes
 from octify.convert import Example, convert, example_of
-from octify.errors import BackendError
+from octify.errors import BackendError, ModelError
 from octify.graph import meta_copy, record_values
 from octify.module import DERIVED, OctaveModule, graph_from_data, graph_to_data
 from octify.optimize.eager import lay_channels_last, lower_eager
@@ -97,6 +97,10 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
 def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
     """The graph of primitive operations after the passes that every backend gets; `example` on the meta device."""
     source = model
+    if any(isinstance(part, OctaveModule) for part in model.modules() if part is not model):
+        raise ModelError(
+            f"{type(model).__name__} was converted part by part: optimise its parts one by one, or run it as it is"
+        )
     if not isinstance(model, OctaveModule):
         source = convert(model, recipe=Recipe.uniform(0.0), example_inputs=example)
     copied = copy.deepcopy(source).eval().requires_grad_(False)

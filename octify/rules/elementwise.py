@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -38,7 +38,10 @@ class Elementwise(Rule):
             value = op.values[node]
             if isinstance(value, Plain) and value.shape == shape and not _has_mean(node):
                 raise Dense("an operand is no map of numbers: it cannot be pooled")
-            if _role(value, first, shape) == "odd":
+            role = _role(value, first, shape)
+            if role == "gate" and (len(cast("Plain", value).shape) != len(shape) or not _can_pool(first)):
+                raise Dense("a spatial gate on a map with its axes in another order")
+            if role == "odd":
                 raise Dense(f"an operand of shape {getattr(value, 'shape', value)} broadcasts over a part of the axes")
             if isinstance(value, Map) and value.shape != shape:
                 ties.want_dense(value.ids)
@@ -110,9 +113,18 @@ def _operand(op: Op, build: Build, node: fx.Node, like: Map, layout: Layout) -> 
             for index in (layout.high_index, layout.low_index)
         )
         return high, low
-    if like.channel != (1,) or missing:
-        raise Dense("a spatial gate on a map with its axes in another order")
-    return dense, build.function(pool_low, dense, len(like.spatial))
+    axis = min(like.channel)
+    if axis == 1:
+        return dense, build.function(pool_low, dense, len(like.spatial))
+    pooled = build.function(pool_low, build.method("movedim", dense, axis, 1), len(like.spatial))
+    return dense, build.method("movedim", pooled, 1, axis)
+
+
+def _can_pool(found: Map) -> bool:
+    """Whether the halved axes are the last ones once the one channel axis stands second."""
+    axis, rank = found.channel[0], len(found.shape)
+    places = {place + (place < axis) for place in found.spatial}
+    return len(found.channel) == 1 and places == set(range(rank - len(found.spatial), rank))
 
 
 class OfTwo(Elementwise):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class View(Rule):
             raise Dense("it reshapes more than channels")
         if not middle:
             raise Dense("it drops the channel axis")
+        if head[:1] == (1,) and _first_size(op) == 1:
+            raise Dense("it makes one image of a batch")
         shift = len(middle) - len(source.channel)
         spatial = tuple(axis + shift if axis > last else axis for axis in source.spatial)
         return Map(shape, np.reshape(source.ids, middle), tuple(range(first, first + len(middle))), spatial)
@@ -44,6 +46,12 @@ class View(Rule):
         """Nothing moves: a band's channels are flattened in the same order."""
         source: Bands = build.value(input_nodes(op.node)[0])
         return Bands(source.high, source.low, source.layout, op.values[op.node])
+
+
+def _first_size(op: Op) -> object:
+    """The first axis's length as the source writes it: a number, or a node that computes one."""
+    sizes: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs.get("shape")
+    return next(iter(cast("list[Any]", sizes)), None) if isinstance(sizes, (tuple, list)) else sizes
 
 
 class Permute(Rule):
@@ -62,6 +70,8 @@ class Permute(Rule):
             raise Dense("it tears the channel axes apart")
         inner = [source.channel.index(order[position]) for position in channel]
         spatial = tuple(order.index(axis) for axis in source.spatial)
+        if 0 in (*channel, *spatial):
+            raise Dense("it moves the images from the first axis")
         return Map(op.shape, np.transpose(source.ids, inner), channel, spatial)
 
     def _order(self, op: Op, source: Map) -> list[int]:

@@ -12,6 +12,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
+from torchvision.ops import Permute
 
 from octify.graph import nodes_in, shape_of, value_of
 from octify.layers import Merge, Split
@@ -19,7 +20,7 @@ from octify.norms import OctChannelNorm
 from octify.ops import resize_bands, take_channels
 from octify.optimize.forms import Affine, empty_high, grid_of, half_of, join, scaled_grid
 from octify.optimize.native.operations import Graph, is_map, module_of
-from octify.optimize.native.turned import on_turned, turn
+from octify.optimize.native.turned import TURNS, on_turned, turn
 from octify.optimize.native.writer import Result, Writer
 from octify.optimize.passes import act_of
 from octify.resample import pool_low, up_to
@@ -32,6 +33,10 @@ ARITHMETIC: dict[Any, str] = {
     _operator.mul: "mul", torch.mul: "mul", "mul": "mul", "mul_": "mul",
     _operator.truediv: "div", torch.div: "div", "div": "div",
 }  # fmt: skip
+MOVES: tuple[Any, ...] = (
+    torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.movedim, "movedim",
+    "view", "reshape", torch.reshape, torch.flatten, "flatten", "unflatten",
+)  # fmt: skip
 # What gives a tensor that nothing else sees: if it is written over, only its one reader knows.
 FRESH: tuple[Any, ...] = (F.gelu, join)
 
@@ -43,6 +48,7 @@ def simplify(module: Graph) -> None:
     for node in list(module.graph.nodes):
         if node in gone:
             continue
+        node.meta["turned"] = _is_turned(module, node)
         with module.graph.inserting_before(node):
             found = next((result for rule in RULES if (result := rule(writer, node)) is not None), None)
         if found is None:
@@ -55,6 +61,15 @@ def simplify(module: Graph) -> None:
                 module.graph.erase_node(reader)
                 gone.add(reader)
         module.graph.erase_node(node)
+
+
+def _is_turned(module: Graph, node: fx.Node) -> bool:
+    """Whether the second axis of what a node gives need not be channels: behind a permutation or a view."""
+    layer = module_of(module, node)
+    if type(layer) in (nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d):
+        return False
+    moves = node.target in (*MOVES, *TURNS) or type(layer) in (Permute, nn.Flatten)
+    return moves or any(s.target in TURNS or s.meta.get("turned", False) for s in node.all_input_nodes)
 
 
 def _nothing(writer: Writer, node: fx.Node) -> Result:
@@ -128,7 +143,7 @@ def _shuffle(writer: Writer, node: fx.Node) -> Result:
 def _affine(writer: Writer, node: fx.Node) -> Result:
     """A map plus, minus, times or over a constant → Affine; one minus another → their sum."""
     name = ARITHMETIC.get(cast(Any, node.target), "") if node.op in ("call_function", "call_method") else ""
-    if not name or len(node.args) != 2 or node.kwargs or not is_map(node):
+    if not name or len(node.args) != 2 or node.kwargs or not is_map(node) or node.meta.get("turned"):
         return None
     one, other = cast("tuple[Any, Any]", node.args)
     if node.target == "mul_" and not (one.target in FRESH and len(one.users) == 1):

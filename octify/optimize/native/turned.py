@@ -139,7 +139,7 @@ def _octave_linear(writer: Writer, node: fx.Node, maps: dict[fx.Node, fx.Node]) 
 
 
 def _norm(writer: Writer, node: fx.Node, maps: dict[fx.Node, fx.Node]) -> Result:
-    norm, given = module_of(writer.module, node), [maps.get(cast(fx.Node, source)) for source in node.args]
+    norm, given = module_of(writer.module, node), [maps.get(s) if isinstance(s, fx.Node) else None for s in node.args]
     if any(band is None for band in given) or not all(source.target is last_of for source in maps):
         return None
     bands = cast("list[fx.Node]", given)
