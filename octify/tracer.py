@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import operator
 import sys
 from collections.abc import Callable, Generator, Iterable
@@ -78,6 +79,7 @@ class SymbolicTracer(fx.Tracer):
                 enter, leave = self._entering(name)
                 stack.enter_context(patch.multiple(getattr(torch, name), __enter__=enter, __exit__=leave))
             stack.enter_context(patch.object(CheckpointFunction, "apply", _apply_plainly))
+            stack.enter_context(patch.object(builtins, "isinstance", _takes_proxies))
             yield
 
     def _making(self, make: Callable[..., Any], always: bool) -> Callable[..., Any]:
@@ -125,19 +127,11 @@ class SymbolicTracer(fx.Tracer):
 
 
 class WritableProxy(fx.Proxy):
-    """A proxy whose items can be assigned, and which a forward that asks takes for a tensor."""
-
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A tensor's to whoever asks from outside of torch and octify (`isinstance(x, Tensor)`)."""
-        asks = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-        place = str(asks.f_globals.get("__name__", ""))
-        inside = place.partition(".")[0] in ("torch", "octify") and asks.f_code.co_name != "is_tensor"
-        return type(self) if inside or not self.is_tensor else torch.Tensor
+    """A proxy whose items can be assigned."""
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it stands for one; a symbol may."""
+        """Whether it stands for a tensor; a symbol may."""
         return True
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -149,3 +143,18 @@ class WritableProxy(fx.Proxy):
 def _apply_plainly(run: Callable[..., Any], _: bool, *args: Any) -> Any:
     """A checkpoint of activations without its scope of no_grad, which is not the model's."""
     return run(*args)
+
+
+_isinstance = isinstance
+
+
+def _takes_proxies(found: object, kinds: Any) -> bool:
+    """As `isinstance`, but a proxy is a tensor to whoever asks from outside of torch and octify."""
+    if _isinstance(found, kinds):
+        return True
+    if not issubclass(type(found), WritableProxy) or not issubclass(torch.Tensor, kinds):
+        return False
+    asks = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    place = str(asks.f_globals.get("__name__", "")).partition(".")[0]
+    inside = place in ("torch", "octify") and asks.f_code.co_name != "is_tensor"
+    return not inside and cast(WritableProxy, found).is_tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,13 @@ def test_a_larger_loss_allows_a_lower_cost(net: nn.Module, monkeypatch: pytest.M
     assert lowest < cost_of(0.99 * middle) < 1
     assert len(tried) == 10 and min(tried[5:]) < middle
     with pytest.raises(CalibrationError, match="no conversion keeps the loss below"):
-        octify.convert(net, calibration=pictures(8), max_loss=-1.0)
+        octify.convert(net, calibration=pictures(8), max_loss=1e-12)
+
+
+@pytest.mark.parametrize("senseless", [{"target": 0.0}, {"target": 1.5}, {"max_loss": -1.0}, {"target": math.nan}])
+def test_a_senseless_budget_is_refused(net: nn.Module, senseless: dict[str, float]) -> None:
+    with pytest.raises(CalibrationError, match="expected a share of"):
+        octify.convert(net, calibration=pictures(8), **senseless)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_recipe_gives_the_same_plan_again(net: nn.Module) -> None:
