@@ -120,16 +120,27 @@ def _trace_both_modes(model: nn.Module, example: tuple[Any, ...], how: str, trac
 @contextmanager
 def _kept_buffers(model: nn.Module) -> Generator[list[str]]:
     """What a forward writes to the source's buffers while it is traced is undone; gives their names."""
-    kept = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()]
+    kept = [(name, buffer, _version(buffer), buffer.clone()) for name, buffer in model.named_buffers()]
     changed: list[str] = []
     try:
         yield changed
     finally:
         for name, buffer, version, before in kept:
-            if buffer._version != version:
+            if _was_written(buffer, version, before):
                 changed.append(name)
-                with torch.no_grad():
+                with torch.inference_mode():  # where tensors of either kind may be written to
                     buffer.copy_(before)
+
+
+def _was_written(buffer: Tensor, version: int | None, before: Tensor) -> bool:
+    if version is not None:
+        return buffer._version != version
+    return not buffer.is_meta and not torch.equal(buffer, before)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; those made in inference mode do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _trace_mode(

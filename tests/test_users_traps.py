@@ -117,6 +117,16 @@ def test_the_source_stays_as_it_is() -> None:
     assert "writes to buffers by itself (mean)" in str(plan)
 
 
+def test_a_network_made_in_inference_mode_converts_and_stays_as_it_is() -> None:
+    with torch.inference_mode():
+        plain, source, x = Three().eval(), Counting().eval(), torch.randn(SIZES[0])
+        before = source.mean.clone()
+        octave = octify.convert(source, alpha=0.5, example_inputs=x)
+        assert "writes to buffers by itself (mean)" in str(octify.plan_of(octave))
+        assert torch.equal(source.mean, before)
+    assert octify.plan(plain, alpha=0.5, example_inputs=x).converted
+
+
 def test_outputs_with_a_row_a_position_calibrate() -> None:
     class Rows(Three):
         def forward(self, x: Tensor) -> Tensor:
