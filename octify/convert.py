@@ -266,7 +266,7 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
     Raises:
         ModelError: the model is none; what was given is no tensor, tuple of tensors or shape.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] - users pass functions
         raise ModelError(f"{_outline(model)} is no network: expected a torch.nn.Module")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if given is None and (origin := origin_of(model)):

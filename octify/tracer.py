@@ -149,7 +149,10 @@ _isinstance = isinstance
 
 
 def _takes_proxies(found: object, kinds: Any) -> bool:
-    """As `isinstance`, but a proxy is a tensor to whoever asks from outside of torch and octify."""
+    """As `isinstance`, but a proxy is a tensor to whoever asks from outside of torch and octify.
+
+    A proxy's own `__class__` must not say so: C code believes it, too, and reads a tensor's memory.
+    """
     if _isinstance(found, kinds):
         return True
     if not issubclass(type(found), WritableProxy) or not issubclass(torch.Tensor, kinds):

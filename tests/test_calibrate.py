@@ -367,7 +367,7 @@ def test_a_larger_loss_allows_a_lower_cost(net: nn.Module, monkeypatch: pytest.M
 @pytest.mark.parametrize("senseless", [{"target": 0.0}, {"target": 1.5}, {"max_loss": -1.0}, {"target": math.nan}])
 def test_a_senseless_budget_is_refused(net: nn.Module, senseless: dict[str, float]) -> None:
     with pytest.raises(CalibrationError, match="expected a share of"):
-        octify.convert(net, calibration=pictures(8), **senseless)  # pyright: ignore[reportArgumentType]
+        octify.convert(net, calibration=pictures(8), **senseless)
 
 
 def test_the_recipe_gives_the_same_plan_again(net: nn.Module) -> None:

@@ -69,13 +69,14 @@ def test_the_oracles_hold_behind_it(between: Callable[[Tensor], Tensor]) -> None
     same = octify.convert(source, alpha=0.0, example_inputs=example)
     octave = octify.convert(source, alpha=0.5, example_inputs=example)
     fast, dense = octify.optimize(octave), octify.optimize(source, example_inputs=example)
-    sizes = SIZES if octify.plan_of(octave).how == "symbolic" else (SIZES[0],)
+    any_size = octify.plan_of(octave).how == "symbolic"  # an inference form knows the example's branches only
     with torch.no_grad():
-        for size in sizes:
+        for size in SIZES:
             x = torch.randn(size)
-            assert same_bits(source(x), same(x))
-            assert torch.allclose(fast(x), octave(x), atol=1e-4) and octave(x).shape == source(x).shape
-            assert torch.allclose(dense(x), source(x), atol=1e-4)
+            assert same_bits(source(x), same(x)) and octave(x).shape == source(x).shape
+            if any_size or size[2:] == example.shape[2:]:
+                assert torch.allclose(fast(x), octave(x), atol=1e-4)
+                assert torch.allclose(dense(x), source(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -63,14 +63,14 @@ def _has_mean(node: fx.Node) -> bool:
 
 
 def _call(op: Op, build: Build, operands: dict[fx.Node, Any]) -> fx.Node:
-    node = op.node
-    args = map_nodes(node.args, lambda source: operands[source])
-    kwargs = map_nodes(node.kwargs, lambda source: operands[source])
+    node, target = op.node, cast(Any, op.node.target)
+    args: tuple[Any, ...] = map_nodes(node.args, lambda source: operands[source])
+    kwargs: dict[str, Any] = map_nodes(node.kwargs, lambda source: operands[source])
     if node.op == "call_module":
-        return build.module(build.source_module, *args, **kwargs)  # pyright: ignore
+        return build.module(build.source_module, *args, **kwargs)
     if node.op == "call_method":
-        return build.method(str(node.target), *args, **kwargs)  # pyright: ignore
-    return build.function(node.target, *args, **kwargs)  # pyright: ignore
+        return build.method(target, *args, **kwargs)
+    return build.function(target, *args, **kwargs)
 
 
 def _role(value: Any, like: Map, shape: tuple[int, ...]) -> str:

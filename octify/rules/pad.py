@@ -35,15 +35,17 @@ class Pad(Rule):
 
     def _arguments(self, op: Op) -> tuple[tuple[Any, ...], str, float]:
         """Amounts (at the example's size), mode and value."""
-        if op.module is not None:
-            return tuple(op.module.padding), _MODES[type(op.module)], float(getattr(op.module, "value", 0.0))  # pyright: ignore
+        module: Any = op.module
+        if module is not None:
+            return tuple(module.padding), _MODES[type(module)], float(getattr(module, "value", 0.0))
         pads, mode = op.concrete(1, "pad"), op.concrete(2, "mode", "constant")
         return tuple(pads), mode, float(op.concrete(3, "value") or 0.0)
 
     def _amounts(self, op: Op, build: Build) -> tuple[Any, ...]:
         """The amounts as arguments; what the source computes from sizes is computed in the octave network, too."""
-        if op.module is not None:
-            return tuple(op.module.padding)  # pyright: ignore
+        module: Any = op.module
+        if module is not None:
+            return tuple(module.padding)
         raw: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs["pad"]
         return tuple(map_nodes(tuple(raw), build.dense))
 

@@ -197,7 +197,8 @@ class _Values(Op):
 
 
 def _adaptive(op: Op, found: Map) -> Reduction | None:
-    size: Any = op.module.output_size if op.module is not None else op.concrete(1, "output_size")  # pyright: ignore
+    module: Any = op.module
+    size: Any = module.output_size if module is not None else op.concrete(1, "output_size")
     axes = range(2, len(found.shape))
     lengths = cast("Sequence[int | None]", size if isinstance(size, (tuple, list)) else [size] * len(axes))
     sizes = dict(zip(axes, lengths, strict=True))
