@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from octify.conversion import Conversion
-from octify.convert import plan_of
+from octify.convert import plan_of, refuse_no_module
 from octify.errors import CheckpointError, ModelError, OctifyError
 from octify.origin import Origin, dtype_name, dtype_of, origin_of, possible_sources, set_origin
 from octify.plan import Plan
@@ -131,7 +131,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Raises:
         CheckpointError: no checkpoint of octify's, a damaged, altered or newer one, or one of another model.
+        ModelError: `model` is no network.
     """
+    if model is not None:
+        refuse_no_module(model)
     header, tensors = read_checkpoint(path)
     if model is None and header.plan.how == "symbolic":
         # All weights are in the file: the source needs no memory and no random numbers, unless a device got into it.

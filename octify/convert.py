@@ -266,8 +266,7 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
     Raises:
         ModelError: the model is none; what was given is no tensor, tuple of tensors or shape.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] - users pass functions
-        raise ModelError(f"{_outline(model)} is no network: expected a torch.nn.Module")
+    refuse_no_module(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if given is None and (origin := origin_of(model)):
         given = origin.example()
@@ -284,6 +283,16 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
         f"example_inputs is {_outline(given)}: expected a tensor, a tuple of tensors or a shape such as 1x3x224x224.\n"
         "  A network that takes lists or dictionaries: put a module around it that takes their tensors one by one."
     )
+
+
+def refuse_no_module(model: object) -> None:
+    """Refuses functions, classes and whatever else users pass for a network.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{_outline(model)} is no network: expected a torch.nn.Module")
 
 
 def _outline(given: object) -> str:

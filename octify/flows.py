@@ -109,8 +109,8 @@ class Flows:
             if rule.kind == "chooses" and module is not None and not operator.bands:
                 return self._take(op, operator)
             value = self._flow(rule, op)
-            if plain is not module:
-                self.classes.note(f"plain from now on, with the weights that {' '.join(computed_by(module))} gives now")  # pyright: ignore
+            if computes := self._computes(node, module):
+                self.classes.note(f"plain from now on, with the weights that {computes} gives now")
         except Dense as refusal:
             self.dense[node] = str(refusal)
             self._want_dense(maps)
@@ -120,6 +120,13 @@ class Flows:
             return _plain(value_of(node))
         self._tie_calls(node, maps, maps_in(value))
         return value
+
+    def _computes(self, node: fx.Node, module: Any) -> str:
+        """What computes a layer's weights whenever it runs, if anything does."""
+        if module is None:
+            return ""
+        call = self.trace.functions.get(str(node.target))
+        return "the forward" if call is not None and call.computed else " ".join(computed_by(module))
 
     def _flow(self, rule: Rule, op: Op) -> Any:
         """What a rule says; a use that it does not foresee is left dense and named, as one without a rule."""

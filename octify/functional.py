@@ -6,17 +6,18 @@ becomes the function on the source's tensors again.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from octify.graph import get_attribute, get_module, nodes_in, set_module, shape_of, value_of
+from octify.graph import get_attribute, get_module, map_nodes, nodes_in, set_module, shape_of, value_of
 
 Options = Mapping[str, Any]
 
@@ -74,27 +75,113 @@ KINDS: dict[Any, _Kind] = {**CONVOLUTIONS, F.batch_norm: NORM}
 
 
 @dataclass(frozen=True)
+class OwnTensor:
+    """One of a layer's tensors: how it is made of the model's, most often as one of them as it is.
+
+    `code` says the same as `graph`, and can be compared.
+    """
+
+    homes: tuple[str, ...]
+    code: str
+    graph: fx.Graph = field(compare=False)
+
+    @classmethod
+    def of(cls, source: fx.Node) -> OwnTensor | None:
+        """What a node computes of the model's tensors alone; None if it needs anything else."""
+        nodes = _made_of(source)
+        if not nodes:
+            return None
+        homes = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in nodes:  # under names of its own, so that equal computations read the same
+            args, kwargs = (map_nodes(given, copies.__getitem__) for given in (node.args, node.kwargs))
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+        graph.output(copies[source])
+        return cls(tuple(homes), str(graph), graph)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the forward computes it."""
+        return len(self.graph.nodes) > 2
+
+    def emit(self, graph: fx.Graph) -> Any:
+        """The same computation in another graph."""
+        return graph.graph_copy(self.graph, {})
+
+    @torch.no_grad()
+    def value(self, root: nn.Module) -> Tensor:
+        """The tensor as it is now.
+
+        Raises:
+            _Impure: its computation draws random numbers, or writes.
+        """
+        held: list[Tensor] = [get_attribute(root, home) for home in self.homes]
+        if not self.is_computed:
+            return held[0]
+        with _Pure():
+            found: Tensor = fx.Interpreter(root, graph=self.graph).run()
+        learnt = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
+        return nn.Parameter(found, any(tensor.requires_grad for tensor in learnt)) if learnt else found
+
+
+def _made_of(source: fx.Node) -> list[fx.Node]:
+    """A node behind all that it is computed from, in the order of execution; nothing if not of tensors of the model."""
+    found, todo = {source}, [source]
+    while todo:
+        node = todo.pop()
+        if node.op != "get_attr" and not (node.op in ("call_function", "call_method") and node.all_input_nodes):
+            return []
+        todo += [other for other in node.all_input_nodes if other not in found]
+        found.update(todo)
+    return [node for node in source.graph.nodes if node in found] if len(found) > 1 else [source]
+
+
+class _Impure(Exception):
+    """What is computed would not be the same twice."""
+
+
+class _Pure(TorchDispatchMode):
+    """Refuses operations that draw random numbers or write."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Impure(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
 class FunctionCall:
-    """The function that a module stands for, its options, and where its tensors lie."""
+    """The function that a module stands for, its options, and its tensors by their roles."""
 
     function: Any
     options: Options
-    homes: Mapping[str, str]
+    own: Mapping[str, OwnTensor]
 
     @property
     def path(self) -> str:
         """Where its module lies: beside the weight."""
-        owner, _, name = self.homes["weight"].rpartition(".")
+        owner, _, name = self.own["weight"].homes[0].rpartition(".")
         return f"{owner}.{KINDS[self.function].place}_{name}".lstrip(".")
+
+    @property
+    def homes(self) -> list[str]:
+        """Where all its tensors lie, or what they are computed from."""
+        return list(dict.fromkeys(home for tensor in self.own.values() for home in tensor.homes))
+
+    @property
+    def computed(self) -> list[str]:
+        """The tensors that the forward computes."""
+        return [role for role, tensor in self.own.items() if tensor.is_computed]
 
     def emit(self, graph: fx.Graph, x: Any, name: str) -> fx.Node:
         """The call as the source has it, under the name of the trace's node."""
-        own = {role: graph.get_attr(home) for role, home in self.homes.items()}
+        own = {role: tensor.emit(graph) for role, tensor in self.own.items()}
         return graph.create_node("call_function", self.function, (x,), {**own, **self.options}, name=name)
 
     def make(self, root: nn.Module) -> nn.Module:
-        """The module, over the source's own tensors."""
-        own: dict[str, Tensor] = {role: get_attribute(root, home) for role, home in self.homes.items()}
+        """The module, over the source's own tensors, or over what is computed of them now."""
+        own = {role: tensor.value(root) for role, tensor in self.own.items()}
         layer = KINDS[self.function].make(own, self.options)
         for role, tensor in own.items():
             setattr(layer, role, tensor)
@@ -106,25 +193,36 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
 
     The nodes must hold their values.
     """
-    uses = Counter(str(node.target) for node in graph.nodes if node.op == "get_attr" for _ in node.users)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op == "call_method" and node.target in ("size", "dim"):
+            graph.erase_node(node)  # what reads a weight's size into a number leaves it behind
+    readers: dict[str, set[fx.Node]] = defaultdict(set)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)].update(node.users)
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     calls: dict[str, list[tuple[fx.Node, FunctionCall]]] = defaultdict(list)
     for node in graph.nodes:
         if (call := _read(node, root)) is not None:
-            calls[call.homes["weight"]].append((node, call))
+            calls[call.path].append((node, call))
     found: dict[str, FunctionCall] = {}
-    for home, (*several, (_, call)) in calls.items():
-        alike = all(other == call for _, other in several)
-        lent = any(uses[path] != len(several) + 1 or _lies_in(path, called) for path in call.homes.values())
+    idle: set[fx.Node] = set()
+    for path, ((first, call), *others) in calls.items():
+        nodes = [first, *(node for node, _ in others)]
+        inside = {made for node in nodes for source in node.all_input_nodes for made in _made_of(source)}
+        alike = all(other == call for _, other in others)
+        lent = any(not readers[home] <= {*inside, *nodes} or _lies_in(home, called) for home in call.homes)
         if not alike or lent:
             continue  # a module has one geometry, and its weights to itself
-        set_module(root, call.path, call.make(root))
-        for node, _ in calls[home]:
+        set_module(root, path, call.make(root))
+        for node in nodes:
             x = node.args[0] if node.args else node.kwargs["input"]
-            node.op, node.target, node.args, node.kwargs = "call_module", call.path, (x,), {}
-        found[call.path] = call
-    for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
-        graph.erase_node(node)
+            node.op, node.target, node.args, node.kwargs = "call_module", path, (x,), {}
+        found[path] = call
+        idle |= inside
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node in idle or node.op == "get_attr"):
+            graph.erase_node(node)
     return found
 
 
@@ -142,16 +240,22 @@ def _read(node: fx.Node, root: nn.Module) -> FunctionCall | None:
     given: dict[str, Any] = dict(zip(kind.names, node.args, strict=False)) | node.kwargs
     options = {name: given[name] for name in kind.options if name in given}
     sources = {role: given[role] for role in kind.own if given.get(role) is not None}
-    if nodes_in(options) or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in sources.values()):
+    if nodes_in(options) or not all(isinstance(source, fx.Node) for source in sources.values()):
         return None
-    homes = {role: str(source.target) for role, source in sources.items()}
-    own = {role: get_attribute(root, home) for role, home in homes.items()}
-    return FunctionCall(node.target, options, homes) if kind.fits(node, own, options) else None
+    tensors = {role: OwnTensor.of(source) for role, source in sources.items()}
+    own = {role: tensor for role, tensor in tensors.items() if tensor is not None}
+    if len(own) < len(tensors):
+        return None
+    try:
+        values = {role: tensor.value(root) for role, tensor in own.items()}
+    except _Impure:
+        return None
+    return FunctionCall(node.target, options, own) if kind.fits(node, values, options) else None
 
 
 def drop_stand_ins(root: nn.Module, calls: Mapping[str, FunctionCall], replaced: Collection[str]) -> None:
     """Of each module and the tensors that it stands for, leaves what is used: the tensors where it is dense."""
     for path, call in calls.items():
-        for idle in call.homes.values() if path in replaced else (path,):
+        for idle in call.homes if path in replaced else (path,):
             owner, _, name = idle.rpartition(".")
             delattr(get_module(root, owner), name)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from octify import resample
 from octify.errors import TraceError
 from octify.layout import run_of
-from octify.resample import up_to
+from octify.resample import pool_low, up_to
 
 
 def take_channels(x: Tensor, index: Sequence[int], axis: int) -> Tensor:
@@ -167,6 +167,29 @@ def pad_bands(
     return padded, low
 
 
+def shuffle_bands(high: Tensor, low: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Pixel shuffle of both bands; the low one is D of the shuffled map that it stands for."""
+    size = high.shape[-2:]
+    if factor % 2:
+        return F.pixel_shuffle(high, factor), pool_low(F.pixel_shuffle(up_to(low, size), factor))
+    half = factor // 2  # two by two, the channels become one position of the halved grid: their mean
+    means = low.reshape(low.shape[0], -1, half, 2, half, 2, *low.shape[-2:]).mean((3, 5)).flatten(1, 3)
+    return F.pixel_shuffle(high, factor), F.pixel_shuffle(up_to(means, size), half)
+
+
+def unshuffle_bands(high: Tensor, low: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The inverse of pixel shuffle on both bands; the low one is D of what it gives of the map that it stands for."""
+    size = high.shape[-2:]
+    empty = high.new_empty((high.shape[0], 0, *(length // factor for length in size)))  # torch does not divide them
+    wide = F.pixel_unshuffle(high, factor) if high.shape[1] else empty
+    if factor % 2:
+        return wide, pool_low(F.pixel_unshuffle(up_to(low, size), factor))
+    half = factor // 2  # two by two, the channels hold the same
+    once = pool_low(F.pixel_unshuffle(low, half))
+    once = once.reshape(once.shape[0], -1, half, 1, half, 1, *once.shape[-2:])
+    return wide, once.expand(-1, -1, half, 2, half, 2, -1, -1).flatten(1, 5)
+
+
 def crop_bands(high: Tensor, low: Tensor, crops: Sequence[tuple[int, Any, Any]]) -> tuple[Tensor, Tensor]:
     """Both bands of a map that is cut along some axes: (axis from the last, start, stop), as slices say it."""
     for axis, start, stop in crops:
@@ -227,5 +250,5 @@ def leave_(context: Any) -> None:
 
 WRAPPED = (
     take_channels, full_shape, halve, global_mean, global_sum, global_max, along_axes, over_channels, over_parts,
-    without_places, resize_bands, pad_bands, crop_bands,
+    without_places, resize_bands, pad_bands, crop_bands, shuffle_bands, unshuffle_bands,
 )  # fmt: skip

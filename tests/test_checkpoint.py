@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import octify
 from octify.checkpoint import _digest
-from octify.errors import CheckpointError
+from octify.errors import CheckpointError, ModelError
 from octify.zoo import build_model
 
 SHAPE = (1, 3, 64, 64)
@@ -221,6 +221,8 @@ def test_another_model_is_refused(saved: Path) -> None:
         octify.load(saved, model=Wider())
     with pytest.raises(CheckpointError, match="operations"):
         octify.load(saved, model=build_model("timm:resnet10t"))
+    with pytest.raises(ModelError, match="is no network: expected a torch.nn.Module"):
+        octify.load(saved, model=Wider)  # pyright: ignore
 
 
 def test_a_file_names_no_code_to_run(saved: Path, tmp_path: Path) -> None:

@@ -75,19 +75,13 @@ class Permute(Rule):
         return Map(op.shape, np.transpose(source.ids, inner), channel, spatial)
 
     def _order(self, op: Op, source: Map) -> list[int]:
-        rank = len(source.shape)
-        name = op.node.target if isinstance(op.node.target, str) else getattr(op.node.target, "__name__", "")
-        if op.node.op == "call_module":
-            return [axis % rank for axis in op.module.dims]  # pyright: ignore
-        if name in ("transpose", "swapaxes"):
-            first, second = (op.concrete(i, n) % rank for i, n in ((1, "dim0"), (2, "dim1")))
-            order = list(range(rank))
-            order[first], order[second] = second, first
-            return order
-        dims: Any = op.concrete(1, "dims")
-        if isinstance(dims, int):
-            dims = [op.concrete(i, "") for i in range(1, len(op.node.args))]
-        return [axis % rank for axis in dims]
+        """Which axis comes to stand where: asked of a tensor whose axes differ in length."""
+        marked = torch.empty([2 + axis for axis in range(len(source.shape))], device="meta")
+        args = [op.concrete(position, "") for position in range(1, len(op.node.args))]
+        options = {name: op.concrete(len(op.node.args), name) for name in op.node.kwargs if name != "input"}
+        target: Any = op.module or op.node.target
+        move = getattr(torch.Tensor, target) if isinstance(target, str) else target
+        return [length - 2 for length in move(marked, *args, **options).shape]
 
     def emit(self, op: Op, build: Build) -> Any:
         """Permutes each band's axes, then reorders channels if the channel axes changed places."""
@@ -138,13 +132,15 @@ class Shape(Rule):
         return shape if where is None else build.function(operator.getitem, shape, build.rest(where))
 
 
+MOVES = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+
 register(
     View(), functions=(torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten), modules=(nn.Flatten,),
     methods=("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"),
 )  # fmt: skip
 register(
-    Permute(), modules=(torchvision.ops.Permute,), functions=(torch.permute, torch.transpose),
-    methods=("permute", "transpose"),
+    Permute(), modules=(torchvision.ops.Permute,), methods=MOVES,
+    functions=[getattr(torch, name) for name in MOVES],
 )  # fmt: skip
 register(Shape(), functions=(getattr,), methods=("size", "dim", "ndimension"))
 register(View(), modules=(nn.Unflatten,))
