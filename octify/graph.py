@@ -58,7 +58,7 @@ def structural_copy(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn
     plain = [module for module in modules if id(module) not in special]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in plain:
+    for module in reversed(plain):  # a graph's module looks for what is inside of it
         copied = {name: _copy_value(value, memo) for name, value in vars(module).items()}
         memo[id(module)].__dict__.update(copied)
     return copy.deepcopy(model, memo)

@@ -33,7 +33,9 @@ def find_parts(model: nn.Module, example: tuple[Any, ...], recipe: Recipe, failu
         ModelError: the model does not run on the example.
         TraceError: no submodule traces.
     """
-    calls = _record_calls(sharing_copy(model).eval(), example, failure)
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise TraceError(f"{failure}\n  parts: the model is on the meta device, and finding its parts takes a run")
+    calls = first_calls(sharing_copy(model).eval(), example)
     found = list(_walk(model, "", calls, recipe))
     parts = [(path, flows.again(recipe)) for path, flows in found if make_plan(flows).converted]
     if not parts and not any(asks_for_change(said) for _, flows in found for said in flows.settings.values()):
@@ -96,14 +98,14 @@ def within(path: str, homes: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What a submodule is given (tensors on meta, lists of them) and whether a convolution ran before it."""
 
     example: tuple[Any, ...]
     late: bool
 
 
-def _walk(module: nn.Module, path: str, calls: dict[str, _Call], recipe: Recipe) -> Iterator[tuple[str, Flows]]:
+def _walk(module: nn.Module, path: str, calls: dict[str, Call], recipe: Recipe) -> Iterator[tuple[str, Flows]]:
     for name, child in module.named_children():
         where = f"{path}.{name}" if path else name
         if not holds_convolution(child):
@@ -115,7 +117,7 @@ def _walk(module: nn.Module, path: str, calls: dict[str, _Call], recipe: Recipe)
             yield where, flows
 
 
-def _flows(module: nn.Module, call: _Call, recipe: Recipe, path: str) -> Flows | None:
+def _flows(module: nn.Module, call: Call, recipe: Recipe, path: str) -> Flows | None:
     try:
         trace = trace_model(module, call.example, ways=("symbolic",))
     except TraceError:
@@ -123,24 +125,24 @@ def _flows(module: nn.Module, call: _Call, recipe: Recipe, path: str) -> Flows |
     return Flows(trace, recipe, prefix=f"{path}.", image=not call.late)
 
 
-def _record_calls(model: nn.Module, example: tuple[Any, ...], failure: TraceError) -> dict[str, _Call]:
-    """What every submodule is given first, if that is tensors and lists of tensors alone."""
-    found: dict[str, _Call] = {}
+def first_calls(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Call]:
+    """What every submodule is given first, by its path, if that is tensors and lists of tensors alone.
+
+    The model runs once, on random numbers in the example's shapes.
+    """
+    found: dict[str, Call] = {}
     late = False
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal late
             if args and not kwargs and all(_is_tensors(value) for value in args):
-                found.setdefault(path, _Call(map_leaves(args, lambda value: value.detach().to("meta")), late))
+                found.setdefault(path, Call(map_leaves(args, lambda value: value.detach().to("meta")), late))
             late = late or isinstance(module, _ConvNd)
 
         return record
 
-    tensors = list(model.parameters())
-    if any(tensor.is_meta for tensor in tensors):
-        raise TraceError(f"{failure}\n  parts: the model is on the meta device, and finding its parts takes a run")
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     real = [random_like(value, generator).to(device) for value in example]
     with torch.no_grad(), ExitStack() as stack:

@@ -221,7 +221,7 @@ def test_another_model_is_refused(saved: Path) -> None:
         octify.load(saved, model=Wider())
     with pytest.raises(CheckpointError, match="operations"):
         octify.load(saved, model=build_model("timm:resnet10t"))
-    with pytest.raises(ModelError, match="is no network: expected a torch.nn.Module"):
+    with pytest.raises(ModelError, match="is no network"):
         octify.load(saved, model=Wider)  # pyright: ignore
 
 

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 import octify
-from octify.errors import BackendError
+from octify.errors import BackendError, ModelError
 from octify.layers import OctConv
 from octify.optimize import Optimized, flatten, optimize
 from octify.optimize import passes as graph_passes
@@ -157,3 +157,63 @@ def test_the_compiled_form_computes_the_same_with_frozen_weights() -> None:
             form(image)
     operators = {event.key for event in found.key_averages()}
     assert operators & {"octify::run", "mkldnn::_convolution_pointwise"}, "neither octify's kernels nor oneDNN's"
+
+
+class Pyramid(nn.Module):
+    """Two maps by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3))
+        self.second = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.first(x)
+        return {"fine": first, "coarse": self.second(first)}
+
+
+class Head(nn.Module):
+    """Reads all maps of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 8, 1)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [self.last(torch.relu(self.body(x))) for x in maps]
+
+
+class Detector(nn.Module):
+    """Decides by values, so that it is converted part by part; the third part only runs where there is something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = Pyramid(), Head()
+        self.refine = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1))
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        x = torch.stack([image * 2 - 1 for image in images])
+        found = self.head(list(self.backbone(x).values()))
+        return [*found, self.refine(found[0])] if float(x.max()) > 100 else found
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_parts_get_a_form_each(backend: str) -> None:
+    source = ready(Detector())
+    octave = octify.convert(source, alpha=0.5, example_inputs=(1, 3, 96, 96)).eval()
+    form = optimize(octave, backend)
+    before = {name: value.clone() for name, value in octave.state_dict().items()}
+    for size in ((96, 96), (75, 103)):
+        images = [torch.randn(3, *size) for _ in range(2)]
+        with torch.no_grad():
+            for found, wanted in zip(form(images), octave(images), strict=True):
+                assert relative(found, wanted) < 1e-5
+    assert isinstance(form, Detector)
+    assert not [module for module in form.backbone.modules() if isinstance(module, OctConv)]
+    assert all(torch.equal(before[name], value) for name, value in octave.state_dict().items())
+    dense = optimize(source, backend, (1, 3, 96, 96))
+    with torch.no_grad():
+        for found, wanted in zip(dense(images), source(images), strict=True):
+            assert relative(found, wanted) < 1e-5
+    with pytest.raises(ModelError, match="part by part"):
+        optimize(octave, "onnxruntime")

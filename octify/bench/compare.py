@@ -19,7 +19,7 @@ from octify.bench.runners import FILES, Settings, runner, threads
 from octify.convert import Example, example_of
 from octify.cost import COUNTED, model_cost
 from octify.errors import ModelError
-from octify.graph import meta_copy, random_like
+from octify.graph import meta_copy, random_like, sharing_copy
 from octify.module import OctaveModule
 
 
@@ -146,9 +146,14 @@ def _gmacs(model: nn.Module, inputs: Sequence[Tensor]) -> float:
 
 
 def graph_free_gmacs(model: nn.Module, inputs: Sequence[Tensor]) -> float:
-    """The same count for a network that is no graph."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta_copy(model).eval()(*(value.to("meta") for value in inputs))
+    """The same count for a network that is no graph; one that decides by values runs on the inputs themselves."""
+    with torch.no_grad():
+        try:
+            with FlopCounterMode(display=False) as counter:
+                meta_copy(model).eval()(*(value.to("meta") for value in inputs))
+        except Exception:  # whatever has no values to decide by
+            with FlopCounterMode(display=False) as counter:
+                sharing_copy(model).eval()(*inputs)
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     return sum(flops for kind, flops in counts.items() if kind in COUNTED) / 2e9 / inputs[0].shape[0]
 

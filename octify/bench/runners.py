@@ -22,6 +22,7 @@ from octify.optimize import BACKENDS, optimize
 from octify.optimize.eager import lay_channels_last
 from octify.program import trace_program
 from octify.runtimes import need, open_exported
+from octify.weights import brief
 
 FILES = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "model.xml")}
 NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -155,6 +156,11 @@ def _train_step(model: nn.Module, inputs: Sequence[Tensor], settings: Settings) 
         optimizer.step()
         return loss
 
+    try:
+        step()
+    except Exception as error:  # a model's forward may raise anything
+        name = type(model).__name__
+        raise BackendError(f"{name} does not train on images alone: {brief(error)}") from error
     return step
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import octify.optimize.passes as passes
 from octify.convert import Example, convert, example_of
 from octify.errors import BackendError, ModelError
-from octify.graph import meta_copy, record_values
+from octify.graph import map_leaves, meta_copy, named_modules, record_values, set_module
 from octify.module import DERIVED, OctaveModule, graph_from_data, graph_to_data
 from octify.optimize.eager import lay_channels_last, lower_eager
 from octify.optimize.expand import expand_convs, expand_pools
@@ -22,6 +23,7 @@ from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
 from octify.optimize.scales import fold_scales, settle_constants
 from octify.optimize.tune import faster
+from octify.parts import first_calls
 from octify.recipe import Recipe
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
@@ -85,7 +87,21 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
     if backend not in BACKENDS:
         raise BackendError(f'backend is "{str(backend)[:40]}": expected one of {", ".join(BACKENDS)}')
     example = example_of(model, example_inputs)
-    module = flatten(model, example)
+    source = _as_graph(model, example)
+    if isinstance(source, OctaveModule):
+        return _form(source, backend, example)
+    return _by_parts(source, backend, example)
+
+
+def _as_graph(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """A converted network as it is; a dense one as a graph, or with graphs in the places of its parts."""
+    if any(isinstance(module, OctaveModule) for module in model.modules()):
+        return model
+    return convert(model, recipe=Recipe.uniform(0.0), example_inputs=example)
+
+
+def _form(source: OctaveModule, backend: str, example: tuple[Any, ...]) -> nn.Module:
+    module = flatten(source, example)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     if backend in ("onnxruntime", "openvino"):
         return module
@@ -94,17 +110,34 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
     return module if backend == "eager" else _compiled(module)
 
 
+def _by_parts(source: nn.Module, backend: str, example: tuple[Any, ...]) -> nn.Module:
+    """A copy with a form of each part for what the example first gives it; one that it does not reach stays as it is.
+
+    Raises:
+        ModelError: the backend takes whole graphs only.
+    """
+    if backend in ("onnxruntime", "openvino"):
+        raise ModelError(f"{type(source).__name__} was converted part by part: {backend} takes one graph as a whole")
+    form = copy.deepcopy(source).eval().requires_grad_(False)
+    parts = {path: part for path, part in named_modules(form) if isinstance(part, OctaveModule)}
+    calls = first_calls(form, example)
+    for path, part in parts.items():
+        if path in calls and all(value.numel() for value in pytree.tree_leaves(calls[path].example)):
+            set_module(form, path, _form(part, backend, calls[path].example))
+    return form
+
+
 def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
-    """The graph of primitive operations after the passes that every backend gets; `example` on the meta device."""
-    source = model
-    if any(isinstance(part, OctaveModule) for part in model.modules() if part is not model):
-        raise ModelError(
-            f"{type(model).__name__} was converted part by part: optimise its parts one by one, or run it as it is"
-        )
-    if not isinstance(model, OctaveModule):
-        source = convert(model, recipe=Recipe.uniform(0.0), example_inputs=example)
+    """The graph of primitive operations after the passes that every backend gets; `example` on the meta device.
+
+    Raises:
+        ModelError: the network is converted part by part.
+    """
+    source = _as_graph(model, example)
+    if not isinstance(source, OctaveModule):
+        raise ModelError(f"{type(model).__name__} is converted part by part: there is no graph of the whole")
     copied = copy.deepcopy(source).eval().requires_grad_(False)
-    module = Optimized(copied, cast(fx.Graph, copied.graph), class_name=type(source).__name__)
+    module = Optimized(copied, copied.graph, class_name=type(source).__name__)
     counts: dict[str, int] = {}
     for step in PASSES:
         if step.shapes:
@@ -117,7 +150,7 @@ def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
 
 def _on_cpu(module: Optimized, example: tuple[Any, ...], backend: str) -> nn.Module:
     """With octify's own kernels, unless oneDNN's measure faster at the example's size."""
-    inputs = [torch.zeros(value.shape, dtype=value.dtype) for value in example]
+    inputs = [map_leaves(value, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)) for value in example]
     own, theirs = _with_programs(module, example), _copied(module)
     for form in (own, theirs):
         if form is not None:
@@ -148,11 +181,15 @@ def _record_two_images(form: Optimized, example: tuple[Any, ...]) -> None:
     A form that was traced for a batch of its own keeps that.
     """
     ghost = meta_copy(form).eval()
-    two = tuple(value.repeat(2, *(1,) * (value.dim() - 1)) if value.shape[:1] == (1,) else value for value in example)
+    two = cast("tuple[Any, ...]", map_leaves(example, _twice))
     try:
         record_values(ghost, form.graph, two)
     except Exception:  # whatever a fixed shape runs into
         record_values(ghost, form.graph, example)
+
+
+def _twice(image: Tensor) -> Tensor:
+    return image.repeat(2, *(1,) * (image.dim() - 1)) if image.shape[:1] == (1,) else image
 
 
 class Frozen(nn.Module):
@@ -171,7 +208,7 @@ class Frozen(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """As the form."""
-        sizes = tuple(getattr(value, "shape", value) for value in inputs)
+        sizes = _sizes(inputs)
         with torch.inference_mode(False), torch.no_grad():
             if sizes in self.seen:
                 return self.compiled(*inputs)
@@ -179,6 +216,13 @@ class Frozen(nn.Module):
                 result = self.compiled(*inputs)
         self.seen.add(sizes)
         return result
+
+
+def _sizes(inputs: Any) -> tuple[Any, ...]:
+    """What compiling depends on, of tensors and lists of tensors."""
+    return tuple(
+        _sizes(value) if isinstance(value, (list, tuple)) else getattr(value, "shape", value) for value in inputs
+    )
 
 
 def _compiled(module: Optimized) -> nn.Module:
