@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from octify.norms import band_moments
 from octify.ops import halve
 from octify.pooling import OctPool, Window, carrier
 from octify.resample import pad_same, pool_low, up_to
@@ -209,6 +210,42 @@ def _moments(bands: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tenso
     whole = torch.cat(parts, 1)
     variance, mean = torch.var_mean(whole, 1, correction=0, keepdim=True)
     return mean, (variance + eps).rsqrt(), parts[-1].mean(1, keepdim=True)
+
+
+class GroupFactors(nn.Module):
+    """What a group norm multiplies each channel of each image by, and adds then, of a map or of both bands.
+
+    (N, 2 C, 1, 1): the first band's C₁ factors, what is added to it, and the same of the second. `group` tells each
+    channel's group, `scale` and `shift` are the norm's own, all three in the order of the bands.
+    """
+
+    def __init__(self, group: tuple[int, ...], eps: float, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.group, self.eps = group, eps
+        self.affine = Affine(scale, shift)
+
+    def forward(self, *bands: Tensor) -> Tensor:
+        """One map, or the high and the low band."""
+        if len(bands) > 1:
+            pairs = band_moments(bands[0], bands[1], 2)
+            mean, variance = (torch.cat(pair, 1) for pair in zip(*pairs, strict=True))
+        else:
+            variance, mean = torch.var_mean(bands[0], (2, 3), correction=0)  # pyright: ignore[reportGeneralTypeIssues]
+        member: Tensor = torch.nn.functional.one_hot(torch.tensor(self.group, device=mean.device)).to(mean)
+        share = member / member.sum(0)
+        middle = (mean @ share) @ member.T
+        spread = ((variance + (mean - middle).square()) @ share) @ member.T
+        factor = self.affine.scale.to(mean) * (spread + self.eps).rsqrt()
+        offset = self.affine.shift.to(mean) - middle * factor
+        counts = [band.shape[1] for band in bands]
+        parts = [torch.split(rows, counts, 1) for rows in (factor, offset)]
+        return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], 1)[..., None, None]
+
+
+def by_image(x: Tensor, factors: Tensor, first: int) -> Tensor:
+    """x (N, C, H, W) times C of the factors of its image, from `first` on, plus the C behind them."""
+    channels = x.shape[1]
+    return torch.addcmul(factors.narrow(1, first + channels, channels), x, factors.narrow(1, first, channels))
 
 
 class Centred(nn.Module):

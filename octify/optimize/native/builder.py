@@ -85,7 +85,7 @@ class Builder:
         """D of a node, made by the step that writes it where there is one."""
         value = self.value(node)
         writer = self.writers.get(value)
-        if writer is None or writer.kind in (Kind.POOL, Kind.VIEW, Kind.MEAN, Kind.MOMENTS):
+        if writer is None or writer.kind in (Kind.POOL, Kind.VIEW, Kind.MEAN, Kind.MOMENTS, Kind.GROUPS):
             return self.halve(value, Halved(Like(value)))
         if writer.pooled is None:
             writer.pooled = self.new()

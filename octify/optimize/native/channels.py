@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from octify.graph import value_of
 from octify.layers import runs_of
 from octify.ops import take_channels
-from octify.optimize.forms import Centred, low_moments, moments
+from octify.optimize.forms import Centred, GroupFactors, by_image, low_moments, moments
 from octify.optimize.native.builder import ONE_TAP, Builder, channels_of, reading
 from octify.optimize.native.operations import Graph, Operation, is_map, module_of
-from octify.optimize.native.sizes import Chosen
+from octify.optimize.native.sizes import Chosen, Vector
 from octify.optimize.native.steps import Beside, Conv, Kind, Step
 
 MULS: tuple[Any, ...] = (operator.mul, torch.mul)
@@ -115,10 +115,33 @@ def _centre(builder: Builder, node: fx.Node) -> None:
     builder.beside[node] = Beside(parts, found.affine.scale.float(), found.affine.shift.float(), moments=by)
 
 
+def _is_group_factors(module: Graph, node: fx.Node) -> bool:
+    return type(module_of(module, node)) is GroupFactors
+
+
+def _group_factors(builder: Builder, node: fx.Node) -> None:
+    found = cast(GroupFactors, module_of(builder.module, node))
+    first, *second = cast("tuple[fx.Node, ...]", node.args)
+    value = builder.value(first)
+    own = Beside(((value, channels_of(first)),), found.affine.scale, found.affine.shift)
+    step = Step(Kind.GROUPS, builder.new(), Vector(value, 2 * len(found.group)), [reading(own)], eps=found.eps)
+    step.order, step.up = found.group, builder.value(second[0]) if second else None
+    builder.values[node] = builder.emit(step)
+
+
+def _by_image(builder: Builder, node: fx.Node) -> None:
+    x, factors, first = cast("tuple[fx.Node, fx.Node, int]", node.args)
+    parts = ((builder.value(x), channels_of(node)),)
+    gate = _view(builder, builder.value(factors), first, 2 * channels_of(node))
+    builder.beside[node] = Beside(parts, gate=gate)
+
+
 OPERATIONS = (
     Operation("concatenation", _concatenates, _cat),
     Operation("some channels", _takes, _take),
     Operation("product", lambda _, node: gate_of(node) is not None, _gate),
     Operation("moments", _is_moments, _moments),
     Operation("norm of each position", _is_centred, _centre),
+    Operation("statistics of groups", _is_group_factors, _group_factors),
+    Operation("norm of each image", lambda _, node: node.target is by_image, _by_image),
 )

@@ -17,14 +17,14 @@ static Map map_of(const Input& input, const Map* maps) {
 // channels goes down all pixels, so that its scale and shift stay in registers.
 template <class Activate>
 static inline void fill_as(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
-                           const float* scales, Activate activated) {
+                           const float* scales, const float* shifts, Activate activated) {
   int64_t offset = 0;
   for (const Part* part = input.parts; part < input.parts + input.count; offset += part++->channels) {
     const int64_t step = maps[part->map].pitch;
     const float* x = maps[part->map].data + from * step;
     each_vector(part->channels, [&](int64_t c, auto load, auto store) {
       const vec scale = scales ? load(scales + offset + c) : all(1.f);
-      const vec shift = input.shift ? load(input.shift + offset + c) : all(0.f);
+      const vec shift = shifts ? load(shifts + offset + c) : all(0.f);
       const float* in = x + c;
       float* out = to + offset + c;
       for (int64_t i = 0; i < count; ++i, in += step, out += pitch) store(out, activated(load(in) * scale + shift));
@@ -33,12 +33,12 @@ static inline void fill_as(const Input& input, const Map* maps, int64_t from, in
 }
 
 static void fill_by(const Input& input, const Map* maps, int64_t from, int64_t count, float* to, int64_t pitch,
-                    const float* scales) {
+                    const float* scales, const float* shifts) {
   const Act act = input.act;
-  if (act.kind == NONE) fill_as(input, maps, from, count, to, pitch, scales, [](vec x) { return x; });
-  else if (act.kind == RELU)
-    fill_as(input, maps, from, count, to, pitch, scales, [](vec x) { return most(x, all(0.f)); });
-  else fill_as(input, maps, from, count, to, pitch, scales, [act](vec x) { return activate(x, act); });
+  const auto each = [&](auto activated) { fill_as(input, maps, from, count, to, pitch, scales, shifts, activated); };
+  if (act.kind == NONE) each([](vec x) { return x; });
+  else if (act.kind == RELU) each([](vec x) { return most(x, all(0.f)); });
+  else each([act](vec x) { return activate(x, act); });
 }
 
 // The same for one map, each of whose numbers becomes value(pixel, channel, number, load).
@@ -62,7 +62,7 @@ static void fill(const Input& input, const Map* maps, int64_t from, int64_t coun
     });
     return;
   }
-  if (input.gate < 0) return fill_by(input, maps, from, count, to, pitch, input.scale);
+  if (input.gate < 0) return fill_by(input, maps, from, count, to, pitch, input.scale, input.shift);
   const Map& gate = maps[input.gate];
   const int64_t image = x.h * x.w, end = from + count;
   if (gate.h * gate.w > 1) {
@@ -74,7 +74,8 @@ static void fill(const Input& input, const Map* maps, int64_t from, int64_t coun
   }
   while (from < end) {  // image by image
     const int64_t n = from / image, here = std::min(end, (n + 1) * image) - from;
-    fill_by(input, maps, from, here, to, pitch, gate.data + (gate.n == 1 ? 0 : n) * gate.pitch);
+    const float* factors = gate.data + (gate.n == 1 ? 0 : n) * gate.pitch;
+    fill_by(input, maps, from, here, to, pitch, factors, gate.c == 2 * x.c ? factors + x.c : input.shift);
     from += here, to += here * pitch;
   }
 }

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-enum Kind { SUM = 0, GROUPED, POOL, BESIDE, GREATEST, MEAN, TAKE, AVERAGE, RESIZE, MOMENTS, VIEW };
+enum Kind { SUM = 0, GROUPED, POOL, BESIDE, GREATEST, MEAN, TAKE, AVERAGE, RESIZE, MOMENTS, VIEW, GROUPS };
 
 struct Map {
   float* data;
@@ -16,7 +16,8 @@ struct Part {
 };
 
 // What is read: a map, or several side by side as act(scale · x + shift), which never is a whole map. Scale and shift
-// may be none; a gate is a map of one image, channel or position, or of all there are, by which that is multiplied.
+// may be none; a gate is a map of one image, channel or position, or of all there are, by which that is multiplied; one
+// of twice as many channels holds what is added then as well.
 // Instead of all that, positions may be centred first, by numbers of their own: (x - centre) · factor + rest.
 struct Input {
   int64_t map;
@@ -30,8 +31,8 @@ struct Input {
 struct Conv {
   Input input;
   const float* weight;   // GROUPED: [tap][of group][channel]
-  const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels
-  int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many a group has; AVERAGE: of how many, or 0
+  const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels; GROUPS: each one's
+  int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many a group has; AVERAGE: of how many, or 0; GROUPS: how many
   int64_t kernel[2], stride[2], before[2], dilation[2];  // before: SAME pads as TensorFlow does
   int64_t edge;  // what lies beyond the borders: nothing, the edge again, or that only where windows do not fit
 };

@@ -174,3 +174,67 @@ static void run_moments(const Step& step, const Map* maps, int threads) {
     }
   }
 }
+
+// Each channel's mean and variance over the positions of an image, in one pass around the first one's number; a map on
+// the low grid of another (`full`) counts each position as often as that one has it.
+static void channel_moments(const Map& x, const Map& full, int64_t n, int64_t c, float* mean, float* variance) {
+  const int64_t valid = std::min<int64_t>(LANES, x.c - c), cell = x.data == full.data ? 1 : 2;
+  const auto at = [&](const float* p) { return valid == LANES ? load(p) : load_some(p, valid); };
+  const float* image = x.data + n * x.h * x.w * x.pitch + c;
+  const vec origin = at(image);
+  vec first{}, second{};
+  for (int64_t h = 0; h < x.h; ++h) {
+    const float* row = image + h * x.w * x.pitch;
+    vec sums[2] = {}, squares[2] = {};
+    for (int64_t w = 0; w < x.w - 1; ++w, row += x.pitch) {
+      const vec d = at(row) - origin;
+      sums[w & 1] += d, squares[w & 1] += d * d;
+    }
+    const vec last = at(row) - origin, tail = all((float)(full.w - cell * (x.w - 1)));
+    const vec times = all((float)(h < x.h - 1 ? cell : full.h - cell * (x.h - 1)));
+    first += ((sums[0] + sums[1]) * all((float)cell) + last * tail) * times;
+    second += ((squares[0] + squares[1]) * all((float)cell) + last * last * tail) * times;
+  }
+  const vec share = all(1.f / (full.h * full.w)), moved = first * share, spread = second * share - moved * moved;
+  const vec centre = origin + moved;
+  valid == LANES ? store(mean, centre) : store_some(mean, centre, valid);
+  valid == LANES ? store(variance, spread) : store_some(variance, spread, valid);
+}
+
+// What a group norm multiplies each channel of each image by, and what it adds then, of a map or of both bands.
+static void run_groups(const Step& step, const Map* maps, int threads) {
+  const Conv& conv = step.conv[0];
+  const Map &x = maps[conv.input.parts[0].map], &out = maps[step.out];
+  const Map* bands[2] = {&x, step.up < 0 ? nullptr : &maps[step.up]};
+  const int64_t count = step.up < 0 ? 1 : 2, vectors = (x.c + LANES - 1) / LANES;
+  const int64_t all_vectors = vectors + (count > 1 ? (bands[1]->c + LANES - 1) / LANES : 0);
+  // Means and variances first, where factors and offsets come to stand.
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < x.n * all_vectors; ++task) {
+    const int64_t n = task / all_vectors, v = task % all_vectors, second = v >= vectors;
+    const Map& band = *bands[second];
+    const int64_t c = (second ? v - vectors : v) * LANES;
+    float* to = out.data + n * out.c + (second ? 2 * x.c : 0) + c;
+    channel_moments(band, x, n, c, to, to + band.c);
+  }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t n = 0; n < x.n; ++n) {
+    std::vector<float> members(conv.span), means(conv.span), spreads(conv.span);
+    const auto each = [&](auto act) {
+      int64_t channel = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = out.data + n * out.c + 2 * channel;
+        for (int64_t c = 0; c < bands[i]->c; ++c, ++channel) act(conv.first[channel], channel, to[c], to[c + bands[i]->c]);
+      }
+    };
+    each([&](int64_t group, int64_t, float mean, float) { members[group] += 1, means[group] += mean; });
+    for (int64_t group = 0; group < conv.span; ++group) means[group] /= members[group];
+    each([&](int64_t group, int64_t, float mean, float variance) {
+      spreads[group] += (variance + (mean - means[group]) * (mean - means[group])) / members[group];
+    });
+    each([&](int64_t group, int64_t channel, float& mean, float& variance) {
+      mean = conv.input.scale[channel] / std::sqrt(std::max(spreads[group], 0.f) + step.act.a);
+      variance = conv.input.shift[channel] - means[group] * mean;
+    });
+  }
+}

@@ -16,14 +16,15 @@ from torchvision.ops import Permute
 
 from octify.graph import nodes_in, shape_of, value_of
 from octify.layers import Merge, Split
-from octify.norms import OctChannelNorm
+from octify.norms import OctChannelNorm, OctGroupNorm
 from octify.ops import resize_bands, take_channels
-from octify.optimize.forms import Affine, empty_high, grid_of, half_of, join, scaled_grid
+from octify.optimize.forms import Affine, by_image, empty_high, grid_of, half_of, join, scaled_grid
 from octify.optimize.native.operations import Graph, is_map, module_of
 from octify.optimize.native.turned import TURNS, on_turned, turn
 from octify.optimize.native.writer import Result, Writer
 from octify.optimize.passes import act_of
 from octify.resample import pool_low, up_to
+from octify.rules.bandnorm import GROUP_NORMS
 
 NORMS = (LayerNorm2d, TorchvisionLayerNorm2d)
 PARTS: tuple[Any, ...] = ("chunk", "split", "tensor_split", torch.chunk, torch.split, torch.tensor_split)
@@ -204,6 +205,27 @@ def _channel_norm(writer: Writer, node: fx.Node) -> Result:
     return found if octave else found[0]
 
 
+def _group_norm(writer: Writer, node: fx.Node) -> Result:
+    """A group (or instance) norm of a map or of both bands → each image's factors, what they scale, its activation."""
+    norm: Any = module_of(writer.module, node)
+    bands = cast("list[fx.Node]", list(node.args))
+    octave = type(norm) is OctGroupNorm
+    instance = type(norm) is nn.InstanceNorm2d and not norm.track_running_stats
+    if not (octave or instance or type(norm) in GROUP_NORMS) or len(bands) != 1 + octave or node.kwargs:
+        return None
+    if not all(is_map(band) for band in bands) or (octave and norm.spatial != 2) or node.meta.get("turned"):
+        return None
+    act: Any = getattr(norm, "act", None)
+    factors = writer.group_factors(norm, bands)
+    found: list[fx.Node] = []
+    first = 0
+    for band in bands:
+        scaled = writer.function(by_image, band, factors, first)
+        found.append(scaled if act is None else writer.call(act, value_of(band), scaled))
+        first += 2 * cast(Tensor, value_of(band)).shape[1]
+    return tuple(found) if octave else found[0]
+
+
 def _resize(writer: Writer, node: fx.Node) -> Result:
     """Nearest upsampling by a size or by whole factors → up_to."""
     found = module_of(writer.module, node)
@@ -233,5 +255,6 @@ def _resize(writer: Writer, node: fx.Node) -> Result:
 
 
 RULES: tuple[Callable[[Writer, fx.Node], Result], ...] = (
-    turn, on_turned, _nothing, _same, _cat, _slice, _shuffle, _affine, _merge, _split, _channel_norm, _resize,
+    turn, on_turned, _nothing, _same, _cat, _slice, _shuffle, _affine, _merge, _split, _channel_norm, _group_norm,
+    _resize,
 )  # fmt: skip

@@ -62,14 +62,15 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Vector:
-    """A value's channels at one position."""
+    """A value's channels, or so many, at one position."""
 
     value: int
+    channels: int | None = None
 
     def __call__(self, sizes: Sizes) -> Shape:
         """The shape."""
         n, c, _, _ = sizes[self.value]
-        return n, c, 1, 1
+        return n, c if self.channels is None else self.channels, 1, 1
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Kind(IntEnum):
     RESIZE = 8
     MOMENTS = 9
     VIEW = 10
+    GROUPS = 11
 
 
 class Edge(IntEnum):
@@ -48,8 +49,8 @@ class Edge(IntEnum):
 class Beside:
     """Values side by side, each with its channels, through a norm (per channel) if there is one, and an activation.
 
-    `gate` is a value by which one is multiplied instead, of as many images, channels and positions, or one. `moments`
-    (N, 3, H, W) centre and scale each position of one first.
+    `gate` is a value by which one is multiplied instead, of as many images, channels and positions, or one; of twice as
+    many channels, the second half is added then. `moments` (N, 3, H, W) centre and scale each position of one first.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -113,8 +114,8 @@ class Step:
     pooled: int | None = None
     act: str = ""
     bias: Tensor | None = None
-    order: tuple[int, ...] = ()  # TAKE: which channels, in which order; VIEW: the first one
-    eps: float = 0.0  # MOMENTS
+    order: tuple[int, ...] = ()  # TAKE: which channels, in which order; VIEW: the first one; GROUPS: each one's group
+    eps: float = 0.0  # MOMENTS, GROUPS
 
     @property
     def widest(self) -> int:

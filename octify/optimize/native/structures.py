@@ -111,7 +111,7 @@ def structure(step: Step, wide: int) -> Made:
         kind=step.kind,
         out=step.out,
         pooled=-1 if step.pooled is None else step.pooled,
-        act=CAct(0, step.eps) if step.kind == Kind.MOMENTS else act_of_name(step.act),
+        act=CAct(0, step.eps) if step.kind in (Kind.MOMENTS, Kind.GROUPS) else act_of_name(step.act),
         convs=len(step.convs),
         plains=len(step.plains),
         up=-1 if step.up is None else step.up,
@@ -135,8 +135,10 @@ def structure(step: Step, wide: int) -> Made:
         _, row.span = Kernel.of(conv.weight.shape, conv.groups).reads(panels)
     for row, (_, starts) in zip(made.conv, packed, strict=False):
         row.first = place(torch.tensor(starts, dtype=torch.int64))
-    if step.kind == Kind.TAKE:
+    if step.kind in (Kind.TAKE, Kind.GROUPS):
         made.conv[0].first = place(torch.tensor(step.order, dtype=torch.int64))
+    if step.kind == Kind.GROUPS:
+        made.conv[0].span = 1 + max(step.order)
     if not packed:
         return Made(made, kept, None)
     begins = itertools.accumulate((panel.width for panel in panels), initial=0)

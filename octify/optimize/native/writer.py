@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.graph import get_attribute, map_nodes, set_module, value_of
-from octify.norms import OctChannelNorm
-from octify.optimize.forms import Affine, Centred, low_moments, moments
+from octify.norms import OctChannelNorm, OctGroupNorm
+from octify.optimize.forms import Affine, Centred, GroupFactors, low_moments, moments
 from octify.optimize.native.operations import Graph, is_map, module_of
 
 Result = fx.Node | tuple[fx.Node, ...] | None
@@ -74,11 +74,30 @@ class Writer:
             found[index] = self.call(made, value_of(band), band, self.function(by, real, eps))
         return tuple(found)
 
+    def group_factors(self, norm: Any, bands: Sequence[fx.Node]) -> fx.Node:
+        """A group or instance norm's factors for each image, of a map or of both bands."""
+        octave = isinstance(norm, OctGroupNorm)
+        channels = sum(cast(Tensor, value_of(band)).shape[1] for band in bands)
+        groups = norm.groups if octave else getattr(norm, "num_groups", channels)
+        rows = [torch.arange(channels) // (channels // groups), *_affine_of(norm, channels)]
+        if octave:
+            order = [*norm.layout.high_index, *norm.layout.low_index]
+            rows = [row[order] for row in rows]
+        group, scale, shift = rows
+        made = GroupFactors(tuple(int(index) for index in group), norm.eps, scale.float(), shift.float())
+        values = [cast(Tensor, value_of(band)) for band in bands]
+        return self.call(made, values[0].new_empty((len(values[0]), 2 * channels, 1, 1)), *bands)
+
+
+def _affine_of(norm: Any, channels: int) -> list[Tensor]:
+    """A norm's own scale and shift."""
+    return [torch.ones(channels) if norm.weight is None else norm.weight.detach(),
+            torch.zeros(channels) if norm.bias is None else norm.bias.detach()]  # fmt: skip
+
 
 def _rows(norm: nn.Module, index: int) -> list[Tensor]:
     """A norm's scale and shift for its high or low band (of a norm of dense maps, all there is)."""
     held = cast(Any, norm)
     channels = held.layout.channels if isinstance(norm, OctChannelNorm) else held.normalized_shape[0]
-    rows = [torch.ones(channels) if held.weight is None else held.weight.detach(),
-            torch.zeros(channels) if held.bias is None else held.bias.detach()]  # fmt: skip
+    rows = _affine_of(held, channels)
     return [norm.pick(row, bool(index)).flatten() for row in rows] if isinstance(norm, OctChannelNorm) else rows
