@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import octify
 from octify.errors import BackendError, ModelError
@@ -157,6 +159,82 @@ def test_the_compiled_form_computes_the_same_with_frozen_weights() -> None:
             form(image)
     operators = {event.key for event in found.key_averages()}
     assert operators & {"octify::run", "mkldnn::_convolution_pointwise"}, "neither octify's kernels nor oneDNN's"
+
+
+class Block(nn.Module):
+    """A residual block of any number of axes, with a stride."""
+
+    def __init__(self, axes: int, reads: int, gives: int, stride: int | tuple[int, ...]) -> None:
+        super().__init__()
+        conv, norm = (getattr(nn, f"{name}{axes}d") for name in ("Conv", "BatchNorm"))
+        self.first, self.norm = conv(reads, gives, 3, stride, 1, bias=False), norm(gives)
+        self.second, self.down = (
+            conv(gives, gives, 3, padding=1, padding_mode="replicate"),
+            conv(reads, gives, 1, stride),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.down(x) + self.second(F.relu(self.norm(self.first(x)))))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation along an axis, and what is shared by two calls."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool, self.fc = nn.AdaptiveAvgPool1d(1), nn.Conv1d(channels, channels, 1)
+        self.conv = nn.Conv1d(channels, channels, 5, padding="same", groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.sigmoid(self.fc(self.pool(x)))
+        return torch.cat((self.conv(x), self.conv(F.leaky_relu(x, 0.1))), 1) * (1.0 / x.size(1))
+
+
+def along_one_axis() -> nn.Module:
+    """Convolutions, norms, poolings and what only knows lines."""
+    return nn.Sequential(
+        nn.Conv1d(4, 16, 7, 2, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.MaxPool1d(3, 2, 1), Block(1, 16, 16, 1),
+        nn.GroupNorm(4, 16), nn.SiLU(), nn.AvgPool1d(2), Block(1, 16, 32, 2), Gated(32), nn.PReLU(64),
+        nn.Conv1d(64, 32, 3, padding=2, dilation=2, padding_mode="circular"), nn.InstanceNorm1d(32), nn.GELU(),
+        nn.Conv1d(32, 16, 3), nn.AdaptiveMaxPool1d(3), nn.Flatten(), nn.Linear(48, 5),
+    )  # fmt: skip
+
+
+class Video(nn.Conv3d):
+    """A user's own name for a convolution."""
+
+
+AXES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "line": (along_one_axis, (4, 200), (4, 237)),
+    "clip": (
+        lambda: nn.Sequential(Video(3, 16, 3, (1, 2, 2), 1), nn.ReLU(), Block(3, 16, 16, 1), Block(3, 16, 32, 2)),
+        (3, 6, 32, 32),
+        (3, 7, 35, 29),
+    ),
+    "strides by axis": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, 1, 1), Block(2, 16, 16, (1, 2)), Block(2, 16, 32, (2, 1)), Block(2, 32, 32, (1, 3))
+        ),
+        (3, 48, 48),
+        (3, 37, 61),
+    ),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", AXES)
+def test_maps_of_one_axis_of_clips_and_strides_by_axis(name: str, alpha: float) -> None:
+    torch.manual_seed(0)
+    build, size, other = AXES[name]
+    octave = octify.convert(ready(build()), alpha=alpha, example_inputs=(1, *size)).eval()
+    form = optimize(octave)
+    for shape in ((1, *size), (3, *size), (2, *other)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative(form(x), octave(x)) < 1e-5, shape
+    if name == "line":
+        assert form.octify_passes["maps of one axis as rows"] > 20
+        assert not [module for module in form.modules() if isinstance(module, nn.Conv1d)]
 
 
 class Pyramid(nn.Module):

@@ -21,6 +21,7 @@ from octify.optimize.eager import lay_channels_last, lower_eager
 from octify.optimize.expand import expand_convs, expand_pools
 from octify.optimize.native import lower_native, why_not
 from octify.optimize.norms import fold_norms
+from octify.optimize.rows import take_rows
 from octify.optimize.scales import fold_scales, settle_constants
 from octify.optimize.tune import faster
 from octify.parts import first_calls
@@ -38,11 +39,14 @@ class Pass:
     shapes: bool = False
 
 
+ROWS = Pass("maps of one axis as rows", take_rows, shapes=True)  # for octify's own kernels
 PASSES = (
     Pass("computed weights", passes.settle_weights),
+    Pass("types that change nothing", passes.take_base_types),
     Pass("modules with hooks kept", passes.keep_hooked),
     Pass("views as reshapes", passes.reshape_views),
     Pass("same padding before its convolution", passes.pad_before),
+    ROWS,
     Pass("batch norm into convolutions", fold_norms),
     Pass("octave convolutions into their paths", expand_convs),
     Pass("poolings of both bands into one each", expand_pools, shapes=True),
@@ -101,13 +105,11 @@ def _as_graph(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
 
 
 def _form(source: OctaveModule, backend: str, example: tuple[Any, ...]) -> nn.Module:
+    device = next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
+    if device.type == "cpu" and backend in ("eager", "compile"):
+        return _on_cpu(flatten(source, example, rows=True), example, backend)
     module = flatten(source, example)
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if backend in ("onnxruntime", "openvino"):
-        return module
-    if device.type == "cpu":
-        return _on_cpu(module, example, backend)
-    return module if backend == "eager" else _compiled(module)
+    return _compiled(module) if backend == "compile" else module
 
 
 def _by_parts(source: nn.Module, backend: str, example: tuple[Any, ...]) -> nn.Module:
@@ -127,8 +129,10 @@ def _by_parts(source: nn.Module, backend: str, example: tuple[Any, ...]) -> nn.M
     return form
 
 
-def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
+def flatten(model: nn.Module, example: tuple[Any, ...], rows: bool = False) -> Optimized:
     """The graph of primitive operations after the passes that every backend gets; `example` on the meta device.
+
+    With `rows` maps of one axis become maps of one row.
 
     Raises:
         ModelError: the network is converted part by part.
@@ -140,6 +144,8 @@ def flatten(model: nn.Module, example: tuple[Any, ...]) -> Optimized:
     module = Optimized(copied, copied.graph, class_name=type(source).__name__)
     counts: dict[str, int] = {}
     for step in PASSES:
+        if step is ROWS and not rows:
+            continue
         if step.shapes:
             module.graph.lint()
             record_values(meta_copy(module).eval(), module.graph, example)

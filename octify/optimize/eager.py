@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from octify.graph import get_module, set_module
 from octify.optimize.forms import join
-from octify.optimize.packed import PackedConv, can_pack
+from octify.optimize.packed import PackedConv, can_pack, lay_last
 from octify.optimize.passes import act_of
 from octify.optimize.tune import choose_products
 from octify.resample import average, pool_low, up_to
@@ -34,9 +34,7 @@ def up_of(low: Tensor, like: Tensor, spatial: int) -> Tensor:
 
 def to_channels_last(x: Any) -> Any:
     """A batch of maps laid out channels last; anything else as it is."""
-    if isinstance(x, Tensor) and x.dim() == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    return lay_last(x) if isinstance(x, Tensor) and x.dim() in (4, 5) else x
 
 
 def lay_channels_last(module: nn.Module) -> nn.Module:

@@ -26,13 +26,18 @@ ATTRS = {
 
 def can_pack(conv: nn.Module) -> bool:
     """Whether a module is a convolution that oneDNN takes here."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if type(conv) not in (nn.Conv2d, nn.Conv3d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     if conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if conv.weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return conv.weight.dtype == torch.float32
+
+
+def lay_last(x: Tensor) -> Tensor:
+    """A batch of maps laid out channels last."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 class PackedConv(nn.Module):
@@ -61,7 +66,7 @@ class PackedConv(nn.Module):
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), channels last."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = lay_last(x)
         if x.shape != self.size:
             self.pack(x.shape)
         geometry = (self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
@@ -73,7 +78,7 @@ class PackedConv(nn.Module):
         if self.overwrite:
             out = torch.ops.mkldnn._convolution_pointwise_(onto, x, *geometry, *sum_)
         else:
-            onto = onto.contiguous(memory_format=torch.channels_last)
+            onto = lay_last(onto)
             out = torch.ops.mkldnn._convolution_pointwise(x, onto, *geometry, *sum_)
         return out if self.act in ("", "relu") else activate(out, self.act)
 

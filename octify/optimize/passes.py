@@ -19,6 +19,7 @@ from octify.modes import ModeCall
 from octify.optimize.forms import PadSame, join
 from octify.reparametrized import computed_by, settled
 from octify.resample import average, pool_low
+from octify.rules.base import MODULES, rule_of_type
 from octify.rules.conv import SCALED, STANDARDISED, plain_conv
 from octify.rules.join import SharedDrop
 
@@ -63,6 +64,17 @@ def settle_weights(module: fx.GraphModule) -> int:
     for path, made in found:
         set_module(module, path, made)
     return len(found)
+
+
+def take_base_types(module: fx.GraphModule) -> int:
+    """Before: a user's class that changes nothing of what its base does.   After: the base, which every pass knows."""
+    count = 0
+    for _, child in named_modules(module):
+        kind = type(child)
+        if kind not in MODULES and rule_of_type(kind) is not None:
+            child.__class__ = next(base for base in kind.__mro__ if base in MODULES)
+            count += 1
+    return count
 
 
 class Hooked(nn.Module):
@@ -169,7 +181,10 @@ def gather_sums(module: fx.GraphModule) -> int:
         shape = _shape(node)  # none of a sum of sizes
         if not shape or not all(isinstance(term, fx.Node) and _shape(term) == shape for term in node.args):
             continue
-        parts = [_parts(cast(fx.Node, term)) for term in node.args]
+        terms = cast("list[fx.Node]", node.args)
+        parts = [_parts(term) for term in terms]
+        if len({_shape(low) for part in parts for low in part[1]}) > 1:  # strides by axis leave maps on several grids
+            parts[1] = ([terms[1]], list[fx.Node](), 0)
         with module.graph.inserting_before(node):
             highs = sorted((high for part in parts for high in part[0]), key=lambda high: _is_conv(module, high))
             lows = [low for part in parts for low in part[1]]

@@ -30,11 +30,15 @@ def is_grid(axes: Any) -> bool:
 
 
 def _is_average(_: Graph, node: fx.Node) -> bool:
-    return node.target in (pool_low, average) and node.args[1] in (2, (2, 2))
+    return node.target is average or (node.target is pool_low and bool(node.args[1] == 2))
 
 
 def _average(builder: Builder, node: fx.Node) -> None:
-    source = cast(fx.Node, node.args[0])
+    source, window = cast("tuple[fx.Node, Any]", node.args)
+    if window not in (2, (2, 2)):
+        conv = Conv(builder.value(source), window, window, (0, 0), (1, 1))
+        builder.values[node] = builder.emit(Step(Kind.AVERAGE, builder.new(), Convolved(conv, (0, 0), True), [conv]))
+        return
     if is_read_in_parts(builder, source):
         given = reading(builder.beside[source])
         builder.values[node] = builder.emit(Step(Kind.POOL, builder.new(), Halved(size_of(given)), [given]))
