@@ -17,7 +17,7 @@ from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from octify import convert
 from octify.layout import Layout
-from octify.norms import OctChannelNorm, OctGroupNorm
+from octify.norms import OctChannelNorm, OctGroupNorm, moments
 from octify.recipe import Recipe
 from tests.oracles import by_definition, constant_image_error, forms, random_bands, random_layout, scramble, trains
 
@@ -243,3 +243,11 @@ def test_norms_with_running_variances_keep_a_constant_image(kind: Any) -> None:
     torch.manual_seed(0)
     assert constant_image_error(scramble(Net(kind(C))), alpha=0.5) < 1e-5
     trains(Net(kind(C)), alpha=0.5)
+
+
+def test_gradients_through_the_statistics() -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(moments, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(moments, (x,))
+    for found, wanted in zip(moments(x), reversed(torch.var_mean(x, (2, 3), correction=0)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
