@@ -193,6 +193,7 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
 
     The nodes must hold their values.
     """
+    names = _names(root)
     for node in reversed(graph.nodes):
         if not node.users and node.op == "call_method" and node.target in ("size", "dim"):
             graph.erase_node(node)  # what reads a weight's size into a number leaves it behind
@@ -211,7 +212,9 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
         nodes = [first, *(node for node, _ in others)]
         inside = {made for node in nodes for source in node.all_input_nodes for made in _made_of(source)}
         alike = all(other == call for _, other in others)
-        lent = any(not readers[home] <= {*inside, *nodes} or _lies_in(home, called) for home in call.homes)
+        mine = {*inside, *nodes}
+        lent = any(not set(made.users) <= mine for made in inside)  # written in place, perhaps
+        lent = lent or any(not readers[name] <= mine or _lies_in(name, called) for name in _known_as(call, names, root))
         if not alike or lent:
             continue  # a module has one geometry, and its weights to itself
         set_module(root, path, call.make(root))
@@ -224,6 +227,20 @@ def take_functions(graph: fx.Graph, root: nn.Module) -> dict[str, FunctionCall]:
         if not node.users and (node in idle or node.op == "get_attr"):
             graph.erase_node(node)
     return found
+
+
+def _names(root: nn.Module) -> dict[int, list[str]]:
+    """What each of a model's tensors is called; one that is tied has several names."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for list_of in (root.named_parameters, root.named_buffers):
+        for name, tensor in list_of(remove_duplicate=False):
+            found[id(tensor)].append(name)
+    return found
+
+
+def _known_as(call: FunctionCall, names: Mapping[int, list[str]], root: nn.Module) -> list[str]:
+    """All names of a call's tensors."""
+    return [name for home in call.homes for name in names.get(id(get_attribute(root, home)), [home])]
 
 
 def _lies_in(path: str, modules: Collection[str]) -> bool:
@@ -255,7 +272,23 @@ def _read(node: fx.Node, root: nn.Module) -> FunctionCall | None:
 
 def drop_stand_ins(root: nn.Module, calls: Mapping[str, FunctionCall], replaced: Collection[str]) -> None:
     """Of each module and the tensors that it stands for, leaves what is used: the tensors where it is dense."""
-    for path, call in calls.items():
-        for idle in call.homes if path in replaced else (path,):
-            owner, _, name = idle.rpartition(".")
+    names = _names(root)
+    for path in calls:
+        if path not in replaced:
+            owner, _, name = path.rpartition(".")
             delattr(get_module(root, owner), name)
+    for path, call in calls.items():
+        for idle in _known_as(call, names, root) if path in replaced else ():
+            _forget(root, idle)
+
+
+def _forget(root: nn.Module, path: str) -> None:
+    """Leaves nothing of a tensor but its name, which its module may ask for when it is printed."""
+    owner, _, name = path.rpartition(".")
+    home: Any = get_module(root, owner)
+    for kept in (home._parameters, home._buffers):
+        if name in kept:
+            kept[name] = None
+            return
+    if name in vars(home):
+        delattr(home, name)

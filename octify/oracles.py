@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from octify.graph import sharing_copy
+from octify.graph import named_modules, sharing_copy
 from octify.layers import Merge, OctConv, Split, pool_low, up_to
 
 TOLERANCE = 1e-5
@@ -161,6 +162,35 @@ def constant_error(source: nn.Module, converted: nn.Module, inputs: Iterable[Ten
     images = [constant_image(value.shape, value.dtype) for value in inputs]
     with ReplicatePadding():
         return relative_error(sharing_copy(source).eval()(*images), sharing_copy(converted).eval()(*images))
+
+
+FLAT = 1e-4
+
+
+def first_uneven(model: nn.Module, *inputs: Any) -> str:
+    """The first module that turns even maps into an uneven one (an operation that depends on position), or ''."""
+    found: list[str] = []
+
+    def hook(path: str) -> Any:
+        def look(_: nn.Module, args: Any, out: Any) -> None:
+            if not found and isinstance(out, Tensor) and out.dim() >= 4 and _uneven(out):
+                found.append(path or "the whole")
+
+        return look
+
+    with torch.no_grad(), ReplicatePadding(), ExitStack() as stack:
+        for path, module in named_modules(model):
+            stack.callback(module.register_forward_hook(hook(path)).remove)
+        model(*inputs)
+    return found[0] if found else ""
+
+
+def _uneven(x: Tensor) -> bool:
+    """Whether a map differs between positions, channels first or last."""
+    scale = float(x.abs().max()) + 1e-12
+    first = float((x - x[..., :1, :1]).abs().max())
+    last = float((x - x[:, :1, :1]).abs().max())
+    return min(first, last) > FLAT * scale
 
 
 @torch.no_grad()

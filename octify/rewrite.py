@@ -5,13 +5,23 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from octify.flows import Flows
+from octify.flows import Flows, target_of
 from octify.functional import drop_stand_ins
-from octify.graph import get_module, map_nodes, named_modules, own_tensors, set_module, structural_copy
+from octify.graph import (
+    get_module,
+    map_nodes,
+    named_modules,
+    own_tensors,
+    set_module,
+    structural_copy,
+    writes_in_place,
+)
 from octify.layers import Merge, Split
 from octify.layout import Layout
 from octify.module import OctaveModule
@@ -24,6 +34,15 @@ from octify.tracer import SymbolicTracer
 def rewrite_graph(flows: Flows, plan: Plan) -> OctaveModule:
     """Builds the converted module; the source's tensors are copied, never shared."""
     return _Rewriter(flows, plan).run()
+
+
+MOVES_CHANNELS = ("joins", "splits")
+VIEWS = ("chunk", "split", "unbind", "view", "unsqueeze", "squeeze", "permute", "transpose", "getitem", "unflatten")
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether what a node gives shares memory with what it reads, in the source, too."""
+    return target_of(node) in VIEWS
 
 
 class _Rewriter:
@@ -71,7 +90,23 @@ class _Rewriter:
             return self._operate(node, self.op)
         rule = self.flows.rules[node]
         assert rule is not None, f"the plan gives {node} the form {self.op.form}, but no rule is registered for it"
-        return rule.emit(self.flows.ops[node], self)
+        emitted = rule.emit(self.flows.ops[node], self)
+        return self._own(node, emitted) if isinstance(emitted, Bands) and rule.kind in MOVES_CHANNELS else emitted
+
+    def _own(self, node: fx.Node, emitted: Bands) -> Bands:
+        """Bands that may be written to: where the source makes a copy, none that is still another value's."""
+        if _is_view(node) or not any(self._writes(reader) for reader in node.users):
+            return emitted
+        high, low = (
+            band if band.target is torch.cat else self.graph.call_function(torch.clone, (band,))
+            for band in (emitted.high, emitted.low)
+        )
+        return replace(emitted, high=high, low=low)
+
+    def _writes(self, reader: fx.Node) -> bool:
+        """Whether a reader changes what it reads."""
+        module = self.trace.module_of(reader)
+        return writes_in_place(reader) or bool(reader.kwargs.get("inplace") or getattr(module, "inplace", False))
 
     def _operate(self, node: fx.Node, op: PlanOp) -> fx.Node:
         """A layer of an operator on dense maps, in the place of the source's."""

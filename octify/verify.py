@@ -19,7 +19,17 @@ from octify.flows import Flows
 from octify.graph import random_like, sharing_copy
 from octify.layers import Merge, OctConv, Split
 from octify.operators import transfer_notes
-from octify.oracles import TOLERANCE, adapter_error, block_error, constant_error, relative_error, same_bits, tensors_in
+from octify.oracles import (
+    TOLERANCE,
+    adapter_error,
+    block_error,
+    constant_error,
+    constant_image,
+    first_uneven,
+    relative_error,
+    same_bits,
+    tensors_in,
+)
 from octify.plan import Plan, PlanOp
 from octify.recipe import Recipe
 
@@ -63,7 +73,7 @@ def all_checks(reading: Conversion, plan: Plan | None = None) -> list[Check]:
             continue
         checks.append(trace_check(source, flows, inputs))
         if nothing is not None:
-            checks += alpha_zero_checks(source, nothing.apply(nothing.plan()), inputs)
+            checks += alpha_zero_checks(shaken.model, nothing.apply(nothing.plan()), inputs)
         checks += constant_checks(source, module, inputs, plan_of(converted))
         checks += block_checks(source, folded[flows])
         checks += odd_size_checks(source, module, flows, inputs)
@@ -154,9 +164,14 @@ def trace_check(source: nn.Module, flows: Flows, inputs: Sequence[Tensor]) -> Ch
 
 
 def constant_checks(source: nn.Module, converted: nn.Module, inputs: Sequence[Tensor], plan: Plan) -> list[Check]:
-    """Oracle 2, unless the plan has layers that do not take over their source's weights."""
-    lost = transfer_notes(op.form for op in plan.ops)
-    return [] if lost else [constant_check(source, converted, inputs)]
+    """Oracle 2, unless the plan has layers that do not take over their source's weights, or the source (with pixel
+    shuffle, say) makes something else of an even map at every position.
+    """
+    if transfer_notes(op.form for op in plan.ops):
+        return []
+    found = constant_check(source, converted, inputs)
+    uneven = not found.passed and first_uneven(source, *(constant_image(x.shape, x.dtype) for x in inputs))
+    return [] if uneven else [found]
 
 
 def constant_check(source: nn.Module, converted: nn.Module, inputs: Sequence[Tensor]) -> Check:

@@ -2,7 +2,7 @@
 
 The first compares backends and networks, the second holds what `--only-faster` makes of a dozen networks, measured
 once more when it has chosen. They stand between `<!-- bench:begin -->` and `<!-- bench:end -->`, and the same with
-"faster". `--part` measures one of them; `--quick` takes fewer pairs, and ResNet-50 alone without compiling.
+"faster" and "kinds". `--part` measures one of them; `--quick` takes fewer pairs, and ResNet-50 alone without compiling.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ CHOOSING = (
     "torchvision:resnet18", "torchvision:resnet50", "torchvision:resnext50_32x4d", "torchvision:densenet121",
     "torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large", "timm:mobilenetv1_100", "timm:efficientnet_b0",
     "torchvision:regnet_y_400mf", "torchvision:shufflenet_v2_x1_0", "torchvision:squeezenet1_1", "timm:repvgg_a0",
+)  # fmt: skip
+KINDS = (
+    "timm:resnet50_gn", "timm:resnetv2_50x1_bit", "timm:convnext_tiny", "timm:regnetz_b16", "timm:nf_resnet50",
+    "timm:hardcorenas_a", "torchvision:r3d_18", "torchvision:mc3_18",
 )  # fmt: skip
 HEAD = "| network | alpha | backend | batch, threads | dense ms | octave ms | ratio | multiply-adds | quotient |"
 CHOSEN = "| network | bundles octave | dense ms | chosen ms | ratio | multiply-adds |"
@@ -100,6 +104,12 @@ def choose_all(rounds: int) -> list[str]:
     return [start, "", CHOSEN, "|" + " --- |" * 6, *(choose(name, rounds) for name in CHOOSING)]
 
 
+def compare_kinds(rounds: int) -> list[str]:
+    """The table of other kinds of networks, at their own sizes."""
+    rows = [line for name in KINDS for line in measure(name, 0.5, ("eager",), 1, 1, min(rounds, 12))]
+    return [f"`octify bench MODEL --alpha 0.5 --threads 1` on {_machine()}:", "", HEAD, "|" + " --- |" * 9, *rows]
+
+
 def _machine() -> str:
     machine = machine_of(torch.device("cpu"), 1)
     return f"{machine['processor']}, torch {machine['torch']}"
@@ -109,13 +119,15 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", choices=["bench", "faster"])
+    parser.add_argument("--part", choices=["bench", "faster", "kinds"])
     given = parser.parse_args()
     rounds = 12 if given.quick else 40
-    if given.part != "faster":
+    if given.part in (None, "bench"):
         write("bench", compare_all(rounds, given.quick))
-    if given.part != "bench" and not given.quick:
+    if given.part in (None, "faster") and not given.quick:
         write("faster", choose_all(rounds))
+    if given.part in (None, "kinds") and not given.quick:
+        write("kinds", compare_kinds(rounds))
 
 
 if __name__ == "__main__":

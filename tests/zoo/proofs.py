@@ -24,6 +24,7 @@ from octify import load, save
 from octify.conversion import Conversion
 from octify.convert import apply_plan
 from octify.flows import Flows
+from octify.oracles import first_uneven
 from octify.origin import origin_of, set_origin
 from octify.plan import Plan, make_plan
 from octify.recipe import Recipe
@@ -43,7 +44,6 @@ from tests.zoo.compare import (
     sensitivity,
     with_gradient,
 )
-from tests.zoo.constant import first_uneven
 from tests.zoo.row import Row
 
 CLOSE = 1e-4
