@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from octify.graph import map_nodes, set_module, writes_in_place
+from octify.ops import same_branch_
 
 
 class ModeCall(nn.Module):
@@ -32,15 +34,17 @@ class ModeCall(nn.Module):
 
 
 def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[fx.Graph, bool]:
-    """Gives the train graph with whatever the eval graph adds, and whether the two return different things.
+    """Gives the train graph with whatever the eval graph adds, and whether the two return or write different things.
 
-    Where they differ, the output node's argument is the pair (train output, eval output). Functions that differ only
+    Where they differ, the output node's argument is the pair (train output, eval output), and what only one mode writes
+    says so. Functions that differ only
     by a boolean argument become `ModeCall` modules under `model`, in a child named `octify_modes`.
     """
     partner: dict[fx.Node, fx.Node] = {}
     flags: dict[fx.Node, list[int | str]] = {}
     available = [node for node in train.nodes if node.op != "output"]
     start = 0
+    added: list[fx.Node] = []
     output = _output(train)
     for node in evaluate.nodes:
         if node.op == "output":
@@ -49,6 +53,7 @@ def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[f
         if found is None:
             with train.inserting_before(output):
                 partner[node] = train.node_copy(node, lambda source: partner[source])
+            added.append(partner[node])
             continue
         index, differing = found
         partner[node] = available[index]
@@ -57,10 +62,19 @@ def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[f
             flags[available[index]] = differing
     _use_mode_calls(train, flags, model)
     wanted = map_nodes(_output(evaluate).args[0], lambda source: partner[source])
-    if _same(output.args[0], wanted):
+    once = _mark(set(available).difference(partner.values()), "train") + _mark(added, "eval")
+    if _same(output.args[0], wanted) and not once:
         return train, False
     output.args = ((output.args[0], wanted),)  # pyright: ignore
     return train, True
+
+
+def _mark(nodes: Iterable[fx.Node], mode: str) -> int:
+    """Says of what writes that only one mode does; returns how many there are."""
+    found = [node for node in nodes if writes_in_place(node) and node.target is not same_branch_]
+    for node in found:
+        node.meta["mode"] = mode
+    return len(found)
 
 
 def _output(graph: fx.Graph) -> fx.Node:
@@ -133,6 +147,7 @@ def graph_of_mode(graph: fx.Graph, *, training: bool) -> fx.Graph:
     train, evaluate = cast("tuple[Any, Any]", output.args[0])
     output.args = (train if training else evaluate,)
     for node in reversed(list(copied.nodes)):
-        if not node.users and node.op not in ("output", "placeholder") and not writes_in_place(node):
+        counts = writes_in_place(node) and node.meta.get("mode") != ("eval" if training else "train")
+        if not node.users and node.op not in ("output", "placeholder") and not counts:
             copied.erase_node(node)
     return copied

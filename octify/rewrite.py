@@ -121,7 +121,7 @@ class _Rewriter:
         copied = self.graph.node_copy(node, self.dense)
         if node.op == "call_module":
             self.copied.append(copied)
-        copied.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
+        copied.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "mode")}
         return copied
 
     # What the rules call.

@@ -151,6 +151,7 @@ def _trace_mode(
     skeleton = meta_copy(shell).eval() if issubclass(tracer, FixedTracer) else None
     graph = tracer(skeleton, ghosts).trace(shell, _defaults(model, len(ghosts)))
     _drop_unused_inputs(graph)
+    _keep_assigned(graph, shell)
     for node in graph.nodes:
         if node.op != "get_attr" or hasattr(model, str(node.target).split(".", maxsplit=1)[0]):
             continue
@@ -160,6 +161,17 @@ def _trace_mode(
             node.target = f"{node.target}_eval"
         setattr(root, str(node.target), constant)
     return graph
+
+
+def _keep_assigned(graph: fx.Graph, shell: nn.Module) -> None:
+    """A buffer that the forward gave another value (`self.mean = 0.9 * self.mean + …`) is written to at the end."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for path, module in named_modules(shell):
+        for name, given in list(module._buffers.items()):
+            if isinstance(given, fx.Proxy) and given.node.graph is graph:
+                with graph.inserting_before(output):
+                    held = graph.get_attr(f"{path}.{name}".lstrip("."))
+                    graph.call_method("copy_", (held, given.node))
 
 
 def _same_constant(first: Tensor, second: Tensor) -> bool:

@@ -36,6 +36,8 @@ def holds_convolution(module: nn.Module) -> bool:
 class SymbolicTracer(fx.Tracer):
     """torch.fx's tracer with octify's leaves: modules with a rule, PyTorch's own, and timm's without convolutions."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, skeleton: nn.Module | None = None, example: tuple[Any, ...] = ()) -> None:
         functions = cast(Iterable[Callable[..., Any]], get_notrace_functions())
         super().__init__(autowrap_functions=tuple(functions), param_shapes_constant=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import octify
+from octify.conversion import Conversion
 from octify.oracles import constant_error, same_bits
+from octify.recipe import Recipe
+from octify.verify import all_checks
 from tests.oracles import forms, trains
 
 
@@ -145,3 +149,57 @@ def test_two_layers_of_one_weight_stay_dense() -> None:
     net = Twice().eval()
     converted = octify.convert(nn.Sequential(net, nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)), alpha=0.5)
     assert [target for target, form in forms(converted).items() if form == "octave"] == ["1", "2"]
+
+
+def holed(self: nn.Conv2d) -> Tensor:
+    kernel = self.weight * 1.0
+    kernel[:, :, 0, 0] = 0
+    return kernel
+
+
+def halved(self: nn.Conv2d) -> Tensor:
+    kernel = self.weight.clone()
+    kernel.mul_(0.5)
+    return kernel
+
+
+class Made(nn.Conv2d):
+    """A kernel that a function makes, which may be read once more."""
+
+    def __init__(self, make: Callable[[nn.Conv2d], Tensor], again: bool) -> None:
+        super().__init__(16, 16, 3, padding=1)
+        self.make, self.again = make, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.make(self)
+        x = F.conv2d(x, kernel, self.bias, padding=1)
+        return x * kernel.mean() if self.again else x
+
+
+@pytest.mark.parametrize(("make", "again"), [(holed, False), (halved, False), (lambda self: self.weight.tanh(), True)])
+def test_kernels_that_are_written_to_or_read_again_stay_the_forward_s(
+    make: Callable[[nn.Conv2d], Tensor], again: bool
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), Made(make, again), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)).eval()
+    image = torch.rand(2, 3, 48, 48)
+    assert same_bits(octify.convert(net, alpha=0.0)(image), net(image))
+    converted = octify.convert(net, alpha=0.5, example_inputs=image)
+    assert [target for target, form in forms(converted).items() if form == "octave"] == ["2", "3"]
+    assert converted(image).shape == net(image).shape
+
+
+def test_what_became_octave_can_be_printed(net: Net) -> None:
+    assert "OctConv2d" in repr(octify.convert(net, alpha=0.5, example_inputs=(1, 3, 64, 64)))
+
+
+def test_a_weight_of_two_names_leaves_neither(net: Net) -> None:
+    net.equal.other = net.equal.weight  # pyright: ignore[reportAttributeAccessIssue]
+    converted = octify.convert(net, alpha=0.5, example_inputs=(1, 3, 64, 64))
+    assert not [name for name, _ in converted.named_parameters() if name in ("equal.weight", "equal.other")]
+
+
+def test_verify_knows_them_and_what_depends_on_position() -> None:
+    shuffling = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 3), nn.PixelShuffle(2), nn.Conv2d(16, 3, 3))
+    for source in (Net(), shuffling):
+        reading = Conversion.read(source.eval(), Recipe.uniform(0.5), (1, 3, 64, 64))
+        assert not [check for check in all_checks(reading) if not check.passed]

@@ -16,7 +16,8 @@ layout patterns yaml_source inputs weights
 recipe_parts recipe_errors zoo
 recipe origin
 kernels resample bands graph
-routes ops modes reparametrized functional
+routes ops reparametrized functional
+modes
 octbase compconv pooling
 octconv compweights
 transposed linear
