@@ -272,9 +272,10 @@ def example_of(model: nn.Module, given: Example) -> tuple[Any, ...]:
         given = origin.example()
     if given is None:
         return tuple(torch.empty(1, *shape, device="meta", dtype=dtype) for shape in _default_shapes(model))
-    if not isinstance(given, Tensor) and len(given) >= 3 and all(isinstance(size, int) for size in given):
+    listed = isinstance(given, (tuple, list))
+    if listed and len(given) >= 3 and all(isinstance(size, int) for size in given):
         return (torch.empty(*given, device="meta", dtype=dtype),)  # pyright: ignore
-    values = (given,) if isinstance(given, Tensor) else given
+    values = given if listed else (given,)
     tensors = [value for value in values if isinstance(value, Tensor)]
     if tensors and len(tensors) == len(values):
         types = [dtype if value.is_floating_point() else value.dtype for value in tensors]

@@ -45,7 +45,22 @@ def _convolution(layer: type[nn.Module]) -> _Kind:
         return layer(*sizes, bias="bias" in own, device="meta", **options)
 
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return _Kind("octify_conv", names, ("weight", "bias"), lambda node, own, _: _are(own, nn.Parameter), make)
+    return _Kind("octify_conv", names, ("weight", "bias"), _is_plain, make)
+
+
+def _transposed(layer: type[nn.Module]) -> _Kind:
+    def make(own: Mapping[str, Tensor], options: Options) -> nn.Module:
+        weight = own["weight"]
+        sizes = (weight.shape[0], weight.shape[1] * options.get("groups", 1), tuple(weight.shape[2:]))
+        return layer(*sizes, bias="bias" in own, device="meta", **options)
+
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    return _Kind("octify_conv", names, ("weight", "bias"), _is_plain, make)
+
+
+def _is_plain(_: fx.Node, own: Mapping[str, Tensor], __: Options) -> bool:
+    """Whether a convolution's tensors are ordinary ones; filters that nothing learns are, too."""
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() for tensor in own.values())
 
 
 def _are(own: Mapping[str, Tensor], kind: type[Tensor]) -> bool:
@@ -70,6 +85,9 @@ CONVOLUTIONS: dict[Any, _Kind] = {
     torch.conv1d: _convolution(nn.Conv1d),
     torch.conv2d: _convolution(nn.Conv2d),
     torch.conv3d: _convolution(nn.Conv3d),
+    torch.conv_transpose1d: _transposed(nn.ConvTranspose1d),
+    torch.conv_transpose2d: _transposed(nn.ConvTranspose2d),
+    torch.conv_transpose3d: _transposed(nn.ConvTranspose3d),
 }
 KINDS: dict[Any, _Kind] = {**CONVOLUTIONS, F.batch_norm: NORM}
 
@@ -78,12 +96,14 @@ KINDS: dict[Any, _Kind] = {**CONVOLUTIONS, F.batch_norm: NORM}
 class OwnTensor:
     """One of a layer's tensors: how it is made of the model's, most often as one of them as it is.
 
-    `code` says the same as `graph`, and can be compared.
+    `code` says the same as `graph`, and can be compared. `asked` are the types and devices of other tensors (as in
+    `weight.to(x.dtype)`) that the graph takes.
     """
 
     homes: tuple[str, ...]
     code: str
     graph: fx.Graph = field(compare=False)
+    asked: tuple[fx.Node, ...] = field(compare=False)
 
     @classmethod
     def of(cls, source: fx.Node) -> OwnTensor | None:
@@ -93,21 +113,23 @@ class OwnTensor:
             return None
         homes = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
         graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
+        asked = tuple(dict.fromkeys(other for node in nodes for other in node.all_input_nodes if _is_question(other)))
+        copies = {node: graph.placeholder(f"asked_{index}") for index, node in enumerate(asked)}
         for node in nodes:  # under names of its own, so that equal computations read the same
             args, kwargs = (map_nodes(given, copies.__getitem__) for given in (node.args, node.kwargs))
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(copies[source])
-        return cls(tuple(homes), str(graph), graph)
+        return cls(tuple(homes), str(graph), graph, asked)
 
     @property
     def is_computed(self) -> bool:
         """Whether the forward computes it."""
         return len(self.graph.nodes) > 2
 
-    def emit(self, graph: fx.Graph) -> Any:
-        """The same computation in another graph."""
-        return graph.graph_copy(self.graph, {})
+    def emit(self, graph: fx.Graph, rest: Callable[[fx.Node], Any]) -> Any:
+        """The same computation in another graph, where `rest` gives what stands for a node of the trace."""
+        places = (node for node in self.graph.nodes if node.op == "placeholder")
+        return graph.graph_copy(self.graph, {place: rest(node) for place, node in zip(places, self.asked, strict=True)})
 
     @torch.no_grad()
     def value(self, root: nn.Module) -> Tensor:
@@ -119,8 +141,9 @@ class OwnTensor:
         held: list[Tensor] = [get_attribute(root, home) for home in self.homes]
         if not self.is_computed:
             return held[0]
+        answers = (held[0].device if node.args[1] == "device" else value_of(node) for node in self.asked)
         with _Pure():
-            found: Tensor = fx.Interpreter(root, graph=self.graph).run()
+            found: Tensor = fx.Interpreter(root, graph=self.graph).run(*answers)
         learnt = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
         return nn.Parameter(found, any(tensor.requires_grad for tensor in learnt)) if learnt else found
 
@@ -132,9 +155,14 @@ def _made_of(source: fx.Node) -> list[fx.Node]:
         node = todo.pop()
         if node.op != "get_attr" and not (node.op in ("call_function", "call_method") and node.all_input_nodes):
             return []
-        todo += [other for other in node.all_input_nodes if other not in found]
+        todo += [other for other in node.all_input_nodes if other not in found and not _is_question(other)]
         found.update(todo)
     return [node for node in source.graph.nodes if node in found] if len(found) > 1 else [source]
+
+
+def _is_question(node: fx.Node) -> bool:
+    """Whether a node asks for a tensor's type or device."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 class _Impure(Exception):
@@ -174,9 +202,9 @@ class FunctionCall:
         """The tensors that the forward computes."""
         return [role for role, tensor in self.own.items() if tensor.is_computed]
 
-    def emit(self, graph: fx.Graph, x: Any, name: str) -> fx.Node:
+    def emit(self, graph: fx.Graph, x: Any, name: str, rest: Callable[[fx.Node], Any]) -> fx.Node:
         """The call as the source has it, under the name of the trace's node."""
-        own = {role: tensor.emit(graph) for role, tensor in self.own.items()}
+        own = {role: tensor.emit(graph, rest) for role, tensor in self.own.items()}
         return graph.create_node("call_function", self.function, (x,), {**own, **self.options}, name=name)
 
     def make(self, root: nn.Module) -> nn.Module:
@@ -184,7 +212,8 @@ class FunctionCall:
         own = {role: tensor.value(root) for role, tensor in self.own.items()}
         layer = KINDS[self.function].make(own, self.options)
         for role, tensor in own.items():
-            setattr(layer, role, tensor)
+            learns = isinstance(tensor, nn.Parameter) or role in layer._buffers  # pyright: ignore[reportPrivateUsage]
+            setattr(layer, role, tensor if learns else nn.Parameter(tensor, requires_grad=False))
         return layer.train(root.training)
 
 
@@ -256,6 +285,8 @@ def _read(node: fx.Node, root: nn.Module) -> FunctionCall | None:
         return None
     given: dict[str, Any] = dict(zip(kind.names, node.args, strict=False)) | node.kwargs
     options = {name: given[name] for name in kind.options if name in given}
+    if isinstance(options.get("groups"), fx.Node):
+        options["groups"] = value_of(options["groups"])  # a number of channels, which no input changes
     sources = {role: given[role] for role in kind.own if given.get(role) is not None}
     if nodes_in(options) or not all(isinstance(source, fx.Node) for source in sources.values()):
         return None

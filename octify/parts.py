@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
+from torch.utils import _pytree as pytree
 
 from octify.check import check_graph
 from octify.errors import ModelError, TraceError
@@ -126,18 +127,24 @@ def _flows(module: nn.Module, call: Call, recipe: Recipe, path: str) -> Flows | 
 
 
 def first_calls(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Call]:
-    """What every submodule is given first, by its path, if that is tensors and lists of tensors alone.
+    """What every submodule is given first, by its path, if that is tensors and lists of tensors alone, every time.
 
     The model runs once, on random numbers in the example's shapes.
     """
     found: dict[str, Call] = {}
+    shapes: dict[str, Any] = {}  # how many arguments, how long lists: None where two calls differ
     late = False
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal late
-            if args and not kwargs and all(_is_tensors(value) for value in args):
-                found.setdefault(path, Call(map_leaves(args, lambda value: value.detach().to("meta")), late))
+            known = args and not kwargs and all(_is_tensors(value) for value in args)
+            shape = pytree.tree_structure(args) if known else None
+            if shape is None or shapes.setdefault(path, shape) != shape:
+                shapes[path] = None
+                found.pop(path, None)
+            elif path not in found:
+                found[path] = Call(map_leaves(args, lambda value: value.detach().to("meta")), late)
             late = late or isinstance(module, _ConvNd)
 
         return record

@@ -117,7 +117,8 @@ class _Rewriter:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if str(node.target) in self.trace.functions:
-            return self.trace.functions[str(node.target)].emit(self.graph, self.rest(node.args[0]), node.name)
+            call = self.trace.functions[str(node.target)]
+            return call.emit(self.graph, self.rest(node.args[0]), node.name, self.dense)
         copied = self.graph.node_copy(node, self.dense)
         if node.op == "call_module":
             self.copied.append(copied)

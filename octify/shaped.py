@@ -200,6 +200,8 @@ class FreeBatchTracer(FixedTracer):
 
     def shape_of(self, proxy: ShapedProxy) -> Any:
         """The shape with a proxy for the batch."""
+        if proxy.node.op == "get_attr":  # the model's own
+            return super().shape_of(proxy)
         with suppress(KeyError):
             return (proxy.node.meta["batch_proxy"], *proxy.value.shape[1:])
         node = self.create_node("call_method", "size", (proxy.node, 0), {})
@@ -214,6 +216,8 @@ class GuardedTracer(FreeBatchTracer):
 
     def shape_of(self, proxy: ShapedProxy) -> Any:
         """The shape as proxies of numbers."""
+        if proxy.node.op == "get_attr":
+            return super().shape_of(proxy)
         if "sizes" not in proxy.node.meta:
             proxy.node.meta["sizes"] = tuple(self._size(proxy, axis) for axis in range(proxy.value.dim()))
         return proxy.node.meta["sizes"]

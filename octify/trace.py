@@ -167,7 +167,7 @@ def _keep_assigned(graph: fx.Graph, shell: nn.Module) -> None:
     """A buffer that the forward gave another value (`self.mean = 0.9 * self.mean + …`) is written to at the end."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     for path, module in named_modules(shell):
-        for name, given in list(module._buffers.items()):
+        for name, given in list(module._buffers.items()):  # pyright: ignore[reportPrivateUsage]
             if isinstance(given, fx.Proxy) and given.node.graph is graph:
                 with graph.inserting_before(output):
                     held = graph.get_attr(f"{path}.{name}".lstrip("."))

@@ -115,6 +115,20 @@ class SymbolicTracer(fx.Tracer):
 
         return entered, left
 
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None,
+        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+    ) -> fx.Proxy:  # fmt: skip
+        """Adds a node; the model's own tensors are asked for by their sizes as numbers."""
+        make = proxy_factory_fn and self._own_proxy(target)
+        return super().create_proxy(kind, target, args, kwargs, name, type_expr, make)
+
+    def _own_proxy(self, path: str) -> Callable[[fx.Node], fx.Proxy]:
+        owner, _, name = path.rpartition(".")
+        home: Any = self.root.get_submodule(owner)
+        held = home._parameters[name] if name in home._parameters else home._buffers[name]  # not to be traced again
+        return lambda node: OwnProxy(node, self, held)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wraps a node."""
         return WritableProxy(node, self)
@@ -140,6 +154,41 @@ class WritableProxy(fx.Proxy):
         tracer = cast(SymbolicTracer, self.tracer)
         given = tuple(tracer.create_arg(argument) for argument in (self, index, value))
         tracer.create_node("call_function", operator.setitem, given, {}).meta["value"] = None
+
+
+class OwnProxy(WritableProxy):
+    """A parameter or a buffer of the model, whose sizes no input changes."""
+
+    def __init__(self, node: fx.Node, tracer: SymbolicTracer, held: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.held = held
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape."""
+        return self.held.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.held.ndim
+
+    def dim(self) -> int:
+        """The number of axes."""
+        return self.held.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        """The size of one axis or of all."""
+        return self.held.shape if dim is None else self.held.shape[dim]
+
+    def numel(self) -> int:
+        """The number of elements."""
+        return self.held.numel()
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 def _apply_plainly(run: Callable[..., Any], _: bool, *args: Any) -> Any:

@@ -149,15 +149,17 @@ def _try(trace: Trace, inputs: tuple[Tensor, ...]) -> float:
         raise CalibrationError(
             f"the model does not run on calibration images of {shape}: {str(error).splitlines()[0]}"
         ) from error
+    if not float_tensors(outputs):
+        raise CalibrationError("the dense model gives no tensor with a row an image: there is nothing to compare")
     if not all(bool(tensor.isfinite().all()) for tensor in float_tensors(outputs)):
         raise CalibrationError("the dense model gives values that are not finite (NaN or infinite) on these images")
     return time.perf_counter() - start
 
 
 def float_tensors(tree: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output, whatever it is wrapped in."""
+    """The floating-point tensors of a model's output, whatever it is wrapped in, but for single numbers (losses)."""
     if isinstance(tree, Tensor):
-        return [tree] if tree.is_floating_point() else []
+        return [tree] if tree.is_floating_point() and tree.dim() else []
     if isinstance(tree, dict):
         return [found for value in cast("dict[Any, Any]", tree).values() for found in float_tensors(value)]
     if isinstance(tree, (tuple, list)):

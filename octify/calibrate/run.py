@@ -119,6 +119,8 @@ class Calibration:
             with self._step("channels"):
                 felt = channel_loss(self.flows, self.images.trace, self.images.some(RANKING_IMAGES))
         levers = find_levers(self.flows, felt)
+        if not levers:
+            return set()  # nothing can be octave, which the conversion says
         if options.target is None and options.max_loss is None:
             return low_classes(levers, [int(lever.alpha * len(lever.steps) + 1e-9) for lever in levers])
         place = (self.flows, levers, self.dense_macs * 1e9)
@@ -262,6 +264,9 @@ class Calibration:
 
 
 def _refuse_senseless(options: Options) -> None:
+    for name, value in (("target", options.target), ("max_loss", options.max_loss)):
+        if not isinstance(value, int | float | None):  # pyright: ignore[reportUnnecessaryIsInstance] - users pass text
+            raise CalibrationError(f"{name} is {value!r}: expected a number")
     if options.target is not None and not 0 < options.target <= 1:
         raise CalibrationError(
             f"target is {options.target:g}: expected a share of the dense cost, above 0 and at most 1"
