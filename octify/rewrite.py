@@ -36,7 +36,6 @@ def rewrite_graph(flows: Flows, plan: Plan) -> OctaveModule:
     return _Rewriter(flows, plan).run()
 
 
-MOVES_CHANNELS = ("joins", "splits")
 VIEWS = ("chunk", "split", "unbind", "view", "unsqueeze", "squeeze", "permute", "transpose", "getitem", "unflatten")
 
 
@@ -91,7 +90,7 @@ class _Rewriter:
         rule = self.flows.rules[node]
         assert rule is not None, f"the plan gives {node} the form {self.op.form}, but no rule is registered for it"
         emitted = rule.emit(self.flows.ops[node], self)
-        return self._own(node, emitted) if isinstance(emitted, Bands) and rule.kind in MOVES_CHANNELS else emitted
+        return self._own(node, emitted) if isinstance(emitted, Bands) and rule.passes_on else emitted
 
     def _own(self, node: fx.Node, emitted: Bands) -> Bands:
         """Bands that may be written to: where the source makes a copy, none that is still another value's."""

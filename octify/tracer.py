@@ -23,7 +23,7 @@ from octify.ops import enter_, leave_
 from octify.reparametrized import plain_type
 from octify.rules.base import rule_of_type
 
-SIZED_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+SIZED_FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 RANDOM_FACTORIES = ("normal", "rand", "randint", "randn", "randperm")
 SCOPES = ("no_grad", "enable_grad", "autocast")
 
@@ -149,6 +149,12 @@ class WritableProxy(fx.Proxy):
     def is_tensor(self) -> bool:
         """Whether it stands for a tensor; a symbol may."""
         return True
+
+    def __getattr__(self, name: str) -> Any:
+        """Nothing of what others ask by underscores (is it an array?): a proxy would be taken for the answer."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         tracer = cast(SymbolicTracer, self.tracer)

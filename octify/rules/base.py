@@ -242,6 +242,7 @@ class Rule:
     """How one kind of operation goes through the rewriter; subclasses say `flow` and `emit`."""
 
     kind: ClassVar[str] = "keeps"
+    passes_on: ClassVar[bool] = False  # whether a band may be given as it is where the source makes a copy
 
     def applies(self, op: Op) -> bool:
         """Whether this use is one that the rule is about; if not, it is treated as an operation without a rule."""

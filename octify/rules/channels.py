@@ -20,6 +20,7 @@ class Cat(Rule):
     """Concatenation along the channels: layouts add up."""
 
     kind = "joins"
+    passes_on = True
 
     def flow(self, op: Op, ties: Ties) -> Map:
         """Dense parts join as high channels, unless something ties them to low ones."""
@@ -126,6 +127,7 @@ class Shuffle(Rule):
     """Channel shuffle as one operation: channels in another order."""
 
     kind = "splits"
+    passes_on = True
 
     def flow(self, op: Op, ties: Ties) -> Map:
         """The same channels in another order."""
@@ -148,6 +150,7 @@ class GetItem(Rule):
     """A piece of a tuple; or a slice of channels, and of the map from some place to another."""
 
     kind = "splits"
+    passes_on = True
 
     def flow(self, op: Op, ties: Ties) -> Any:
         """The piece's map."""

@@ -22,6 +22,7 @@ class View(Rule):
     """A view that regroups the channel axes and leaves the others (both halves of a channel shuffle)."""
 
     kind = "splits"
+    passes_on = True
 
     def flow(self, op: Op, ties: Ties) -> Map:
         """The same channels under other axes."""
@@ -58,6 +59,7 @@ class Permute(Rule):
     """Axes in another order: channels-last maps, and the transposition inside a channel shuffle."""
 
     kind = "splits"
+    passes_on = True
 
     def flow(self, op: Op, ties: Ties) -> Map:
         """The same channels, possibly in another order."""
