@@ -16,6 +16,7 @@ from octify import convert, plan, plan_of
 from octify.layers import Merge
 from octify.layout import Layout
 from octify.ops import along_axes, global_sum, over_channels, over_parts
+from octify.optimize import optimize
 from tests.oracles import constant_image_error, forms, random_bands, random_layout, trains
 
 
@@ -185,3 +186,33 @@ def test_timms_gates_keep_a_constant_image_and_let_both_sides_convert(name: str)
 def test_the_convolution_over_eca_vectors_does_not_count() -> None:
     decided = plan_of(convert(Gated(create_attn("eca", 16)), alpha=0.5, example_inputs=(1, 3, 32, 32)))  # pyright: ignore
     assert {op.target for op in decided.convolutions} == {"stem", "conv", "out"}
+
+
+class Covered(nn.Module):
+    """CBAM's gate of channels: windows as large as the map, whatever its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.gate, self.last = nn.Linear(16, 16), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        mean = F.avg_pool2d(x, (x.size(2), x.size(3)), stride=(x.size(2), x.size(3)))
+        most = F.max_pool2d(x, x.size()[2:]).flatten(1)
+        x = x * torch.sigmoid(self.gate(mean.flatten(1)) + self.gate(most))[:, :, None, None]
+        return F.avg_pool2d(self.last(x), kernel_size=x.shape[-2:])
+
+
+def test_windows_that_are_computed_to_cover_the_map_reduce_it() -> None:
+    source = Covered().eval()
+    octave = convert(source, alpha=0.5, example_inputs=(1, 3, 40, 48)).eval()
+    pools = [op.form for op in plan_of(octave).ops if "pool" in op.target]
+    assert pools == ["bands", "bands", "dense"]
+    assert constant_image_error(Covered(), (3, 40, 48), alpha=0.5) < 1e-9
+    for size in ((40, 48), (41, 33)):
+        image = torch.rand(2, 3, *size)
+        same = convert(source, alpha=0.0)
+        assert torch.equal(same(image), source(image))
+        assert octave(image).shape == source(image).shape
+        torch.testing.assert_close(optimize(octave)(image), octave(image), rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from octify.graph import input_nodes, value_of
+from octify.graph import input_nodes, nodes_in, value_of
 from octify.layout import run_of
 from octify.ops import along_axes, global_max, global_mean, global_sum, over_channels, over_parts, without_places
 from octify.pooling import OctPool, Window
@@ -25,7 +25,7 @@ class WindowPool(Rule):
     def __init__(self, window: Callable[[Op], Window]) -> None:
         self.window = window
 
-    def flow(self, op: Op, ties: Ties) -> Map:
+    def flow(self, op: Op, ties: Ties) -> Map | Plain:
         """Keeps its input's channels, unless the pooled map is too small to split."""
         (found,) = op.maps
         if not found.is_plain:
@@ -37,7 +37,7 @@ class WindowPool(Rule):
         ties.note("approximate on the low band")
         return found.with_ids(found.ids, op.shape)
 
-    def emit(self, op: Op, build: Build) -> Bands:
+    def emit(self, op: Op, build: Build) -> Any:
         """One module over both bands."""
         source: Bands = build.value(input_nodes(op.node)[0])
         window = self.window(op)
@@ -108,6 +108,36 @@ class GlobalPool(Rule):
         if not time:
             return node
         return build.function(getattr(torch, KINDS[self.function]), node, axes, keep)
+
+
+class FunctionPool(WindowPool):
+    """Pooling by a function; a window that is computed to be as large as the map is the mean or maximum of the map."""
+
+    def flow(self, op: Op, ties: Ties) -> Map | Plain:
+        """As pooling on windows, or over the whole map."""
+        whole = self._whole(op)
+        return super().flow(op, ties) if whole is None else whole.flow(op, ties)
+
+    def emit(self, op: Op, build: Build) -> Any:
+        """One module, or one function, over both bands."""
+        whole = self._whole(op)
+        return super().emit(op, build) if whole is None else whole.emit(op, build)
+
+    def _whole(self, op: Op) -> GlobalPool | None:
+        """`F.avg_pool2d(x, x.size()[2:])`, at any size."""
+        node = op.node
+        kernel: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size")
+        if (
+            not nodes_in(kernel)
+            or any(length != 1 for length in op.shape[2:])
+            or op.concrete(3, "padding", 0) not in (0, (0, 0))
+        ):
+            return None
+        return GlobalPool(global_max if node.target in MAX_FUNCTIONS else global_mean, _whole_map)
+
+
+def _whole_map(_: Op, found: Map) -> Reduction | None:
+    return (tuple(range(2, len(found.shape))), True) if found.is_plain else None
 
 
 class Reduce(GlobalPool):
@@ -238,7 +268,7 @@ register(
     WindowPool(_from_module),
     modules=(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
 )
-register(WindowPool(_from_function), functions=dict.fromkeys((*MAX_FUNCTIONS, *AVG_FUNCTIONS)))
+register(FunctionPool(_from_function), functions=dict.fromkeys((*MAX_FUNCTIONS, *AVG_FUNCTIONS)))
 register(
     GlobalPool(global_mean, _adaptive),
     modules=(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),

@@ -22,8 +22,8 @@ from tests.fidelity.train import load_net, load_pictures
 
 INTRO = """Share of the dense top-1 accuracy that is kept (`make fidelity`): small networks trained here on digits over
 photographs (64x64 pixels, ten classes, accuracy of the dense net in parentheses), {} images without labels, 2000
-other pictures to test, mean ± half the range over seeds. Cost is multiply-adds against dense; between two measured
-costs the line between them. Pruned: Torch-Pruning's group magnitude at that cost, what one would take instead."""
+other pictures to test, mean ± half the range over seeds (without ±: one seed). Cost is multiply-adds against dense;
+between two measured costs the line between them. Pruned: Torch-Pruning's group magnitude, which one would take else."""
 
 
 def measure_net(name: str, seed: int, samples: int, tests: int, wanted: Wanted) -> Iterator[Result]:

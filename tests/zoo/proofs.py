@@ -23,6 +23,7 @@ import octify.rewrite
 from octify import load, save
 from octify.conversion import Conversion
 from octify.convert import apply_plan
+from octify.errors import TraceError
 from octify.flows import Flows
 from octify.oracles import first_uneven
 from octify.origin import origin_of, set_origin
@@ -197,7 +198,12 @@ class Proofs:
         """The error of one part; of several colours the best one: norms by few channels divide by next to nothing at
         some, while a fault shows at all.
         """
-        trace = trace_model(source, map_tensors(part.example, Tensor.double), (part.how,))
+        try:
+            trace = trace_model(source, map_tensors(part.example, Tensor.double), (part.how,))
+        except TraceError:  # it makes single precision of its own
+            where = first_uneven(source.float(), *part.flat)
+            self.row.say("oracle 2", f"{where} depends on position, in single precision alone" if where else "a fault")
+            return part.error
         flows = Flows(trace, self.recipe, f"{part.path}." if part.path else "", part.image)
         with shared_weights():
             octave = apply_plan(flows, make_plan(flows)).eval()
