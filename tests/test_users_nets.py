@@ -316,3 +316,26 @@ def test_whole_numbers_are_examples_of_their_own_kind() -> None:
     assert torch.isfinite(octave(images[0])).all()
     with pytest.raises(ModelError, match="1x3x64x64"):
         octify.convert(Body().eval(), calibration=images, target=0.8)
+
+
+def test_a_dense_map_that_is_enlarged_does_not_keep_what_it_is_added_to_dense() -> None:
+    """Attention on a map that is too small to split, and back, as LowFormer has it."""
+
+    class Lowered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.up, self.last = nn.ConvTranspose2d(16, 16, 2, 2), nn.Conv2d(16, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.second(torch.relu(self.first(x))))
+            tokens = F.avg_pool2d(x, 2).flatten(2)
+            mixed = (tokens.softmax(2) * tokens).unflatten(2, (x.shape[2] // 2, x.shape[3] // 2))
+            return self.last(x + self.up(mixed))
+
+    source = Lowered().eval()
+    octave = octify.convert(source, alpha=0.5, example_inputs=(1, 3, 14, 14))
+    assert {op.target: op.form for op in octify.plan_of(octave).ops}["up"] == "octave"
+    image = torch.rand(2, 3, 14, 14)
+    assert octave.eval()(image).shape == source(image).shape
+    torch.testing.assert_close(octify.optimize(octave)(image), octave(image), rtol=1e-4, atol=1e-5)

@@ -75,8 +75,8 @@ class Transposed(Rule):
 
 
 def _small(op: Op, source: Map | Plain, spatial: tuple[int, ...]) -> str:
-    """Its input's map is the smaller one, so that is what `min_size` is held to, and the output's."""
-    for shape in (source.shape, op.shape):
+    """What `min_size` is held to: its output's map, and its input's, which is smaller, if that may be split."""
+    for shape in (source.shape, op.shape) if isinstance(source, Map) else (op.shape,):
         size = tuple(shape[axis] for axis in spatial)
         if op.too_small(size):
             return f"its map of {'x'.join(map(str, size))} is less than twice min_size"
