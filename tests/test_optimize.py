@@ -275,6 +275,12 @@ class Detector(nn.Module):
         return [*found, self.refine(found[0])] if float(x.max()) > 100 else found
 
 
+def test_an_example_that_the_network_does_not_take_is_named() -> None:
+    octave = octify.convert(ready(torchvision.models.resnet18()), alpha=0.5)
+    with pytest.raises(ModelError, match="does not run on 1x5x64x64"):
+        optimize(octave, example_inputs=(1, 5, 64, 64))
+
+
 @pytest.mark.parametrize("backend", ["eager", "compile"])
 def test_parts_get_a_form_each(backend: str) -> None:
     source = ready(Detector())

@@ -26,6 +26,7 @@ from octify.optimize.scales import fold_scales, settle_constants
 from octify.optimize.tune import faster
 from octify.parts import first_calls
 from octify.recipe import Recipe
+from octify.weights import brief
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 
@@ -87,14 +88,33 @@ def optimize(model: nn.Module, backend: str = "eager", example_inputs: Example =
 
     Raises:
         BackendError: there is no such backend.
+        ModelError: the network does not run on the example.
     """
     if backend not in BACKENDS:
         raise BackendError(f'backend is "{str(backend)[:40]}": expected one of {", ".join(BACKENDS)}')
     example = example_of(model, example_inputs)
     source = _as_graph(model, example)
-    if isinstance(source, OctaveModule):
+    if not isinstance(source, OctaveModule):
+        return _by_parts(source, backend, example)
+    try:
         return _form(source, backend, example)
-    return _by_parts(source, backend, example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        refuse_example(source, example)
+        raise error
+
+
+def refuse_example(model: nn.Module, example: tuple[Any, ...]) -> None:
+    """Says so where a network does not run on its example inputs.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    try:
+        with torch.no_grad():
+            meta_copy(model).eval()(*example)
+    except Exception as error:  # a model's forward may raise anything
+        shapes = ", ".join("x".join(map(str, value.shape)) for value in example)
+        raise ModelError(f"{type(model).__name__} does not run on {shapes}: {brief(error)}") from error
 
 
 def _as_graph(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
