@@ -37,8 +37,8 @@ def join_modes(train: fx.Graph, evaluate: fx.Graph, model: nn.Module) -> tuple[f
     """Gives the train graph with whatever the eval graph adds, and whether the two return or write different things.
 
     Where they differ, the output node's argument is the pair (train output, eval output), and what only one mode writes
-    says so. Functions that differ only
-    by a boolean argument become `ModeCall` modules under `model`, in a child named `octify_modes`.
+    says so. Functions that differ only by a boolean argument become `ModeCall` modules under `model`, in a child named
+    `octify_modes`.
     """
     partner: dict[fx.Node, fx.Node] = {}
     flags: dict[fx.Node, list[int | str]] = {}

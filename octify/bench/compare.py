@@ -153,7 +153,8 @@ def graph_free_gmacs(model: nn.Module, inputs: Sequence[Tensor]) -> float:
                 meta_copy(model).eval()(*(value.to("meta") for value in inputs))
         except Exception:  # whatever has no values to decide by
             with FlopCounterMode(display=False) as counter:
-                sharing_copy(model).eval()(*inputs)
+                place = next((tensor.device for tensor in model.parameters()), inputs[0].device)
+                sharing_copy(model).eval()(*(value.to(place) for value in inputs))
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     return sum(flops for kind, flops in counts.items() if kind in COUNTED) / 2e9 / inputs[0].shape[0]
 

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from octify.graph import get_module, map_nodes, set_module, value_of
 from octify.layers import Merge, OctConv1d, OctConv2d, Split
 from octify.norms import OctGroupNorm
+from octify.optimize.native.channels import MULS
 from octify.optimize.passes import ADDS, IDLE, act_of
 from octify.pooling import OctPool
 from octify.resample import pool_low
 
-MULS: tuple[Any, ...] = (operator.mul, torch.mul)
 SAME_MODULE = (nn.GroupNorm, nn.PReLU, *IDLE)  # do the same with one axis more
 
 
@@ -39,6 +39,7 @@ class _Rows:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.graph = module, module.graph
         self.calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+        self.rowed: set[str] = set()  # convolutions that were made one of a row, which may be called again
         self.taken: set[fx.Node] = set()
         self.moved: dict[tuple[fx.Node, str], fx.Node] = {}
 
@@ -69,7 +70,8 @@ class _Rows:
             return False
         if type(conv) in (nn.Conv1d, OctConv1d):
             set_module(self.module, str(node.target), _conv(conv) if type(conv) is nn.Conv1d else _octave(conv))
-        return type(conv) in (nn.Conv1d, OctConv1d) or getattr(conv, "octify_row", False)
+            self.rowed.add(str(node.target))
+        return str(node.target) in self.rowed
 
     def _goes_on(self, node: fx.Node) -> bool:
         """Whether a node does the same with rows, or is made to."""
@@ -142,7 +144,6 @@ def _conv(conv: Any) -> nn.Module:
     bias = conv.bias is not None
     made: Any = nn.Conv2d(conv.in_channels, conv.out_channels, *geometry, bias, conv.padding_mode, device="meta")
     made.weight, made.bias = _with_row(conv.weight), conv.bias
-    made.octify_row = True
     return made.eval()
 
 
@@ -158,7 +159,6 @@ def _octave(conv: Any) -> OctConv2d:
     made._lift = "lh" in made.paths and any(made.routes["lh"].low)
     for name, value in conv._parameters.items():
         made.register_parameter(name, _with_row(value) if value is not None and name.startswith("weight") else value)
-    made.octify_row = True
     return made.eval()
 
 
