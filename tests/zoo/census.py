@@ -187,9 +187,11 @@ def _run(names: list[str], rows: dict[str, Row], workers: int, seconds: float, g
 
 def _save(rows: dict[str, Row]) -> None:
     """CNNs with all their columns; the others with their share of convolutions; what failed before that is a CNN's."""
-    cnn = [row for row in rows.values() if row.is_cnn or not row.convolution_share]
+    cnn, others = list[Row](), list[Row]()
+    for row in rows.values():
+        (cnn if row.is_cnn or not row.convolution_share else others).append(row)
     write_rows(COVERAGE, cnn)
-    write_rows(OTHERS, [row for row in rows.values() if row not in cnn])
+    write_rows(OTHERS, others)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 COVERAGE = Path(__file__).with_name("coverage.csv")
@@ -77,5 +77,5 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     with fresh.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: (row.library != "torchvision", row.name)))
+        writer.writerows(vars(row) for row in sorted(rows, key=lambda row: (row.library != "torchvision", row.name)))
     fresh.replace(path)
