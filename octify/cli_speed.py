@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octify.bench import Settings, bench, only_faster, reach_latency
+from octify.bench import Settings, bench, only_faster, profile, reach_latency
 from octify.checkpoint import check_target
 from octify.cli_base import SourceName
 from octify.conversion import Conversion
@@ -17,10 +17,15 @@ from octify.errors import ModelError
 from octify.export import export
 from octify.jobs import Request, is_checkpoint, open_checkpoint
 from octify.recipe import Recipe
-from octify.report_speed import bundles_table, comparisons_table
+from octify.report_speed import bundles_table, comparisons_table, profiles_table
 
 Working = Callable[[bool], Any]
 Shape = Callable[[str | None], tuple[int, ...] | None]
+TABLES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "comparisons": comparisons_table,
+    "profiles": profiles_table,
+    "bundles": bundles_table,
+}
 
 
 def register(app: typer.Typer, working: Working, print_facts: Callable[..., None], parse_size: Shape) -> None:
@@ -42,6 +47,7 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
         train: Annotated[bool, typer.Option(help="Forward, backward and step.")] = False,
         optimize: Annotated[bool, typer.Option(help="Both networks through octify.optimize.")] = True,
         rounds: Annotated[int, typer.Option(help="Pairs to measure.")] = 30,
+        by_kind: Annotated[bool, typer.Option("--profile", help="What each kind of operation takes.")] = False,
         layers: Annotated[bool, typer.Option("--layers", help="Each bundle of convolutions octave and dense.")] = False,
         only_faster: Annotated[bool, typer.Option("--only-faster", help="The same; keep what wins.")] = False,
         target_latency: Annotated[float | None, typer.Option(help="ms: the least alpha that gets there.")] = None,
@@ -66,9 +72,10 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
                 facts = _search(request, settings, target_latency, output, overwrite, rounds, step)
             else:
                 dense, octave = _pair(request)
-                found = bench(dense, octave, backends=backends, batch=batch, rounds=rounds, progress=step, **options)
-                facts = {"model": model, "comparisons": [each.to_dict() for each in found]}
-        table = comparisons_table if "comparisons" in facts else bundles_table
+                measure, name = (profile, "profiles") if by_kind else (bench, "comparisons")
+                found = measure(dense, octave, backends=backends, batch=batch, rounds=rounds, progress=step, **options)
+                facts = {"model": model, name: [each.to_dict() for each in found]}
+        table = next(table for name, table in TABLES.items() if name in facts)
         print_facts(facts, lambda: table(facts), as_json, quiet)
 
     @app.command("export")

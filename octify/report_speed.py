@@ -40,6 +40,26 @@ def _timing(found: Mapping[str, Any]) -> str:
     return f"{found['median']:.2f} ({low:.2f}-{high:.2f})"
 
 
+def profiles_table(facts: Mapping[str, Any]) -> Group:
+    """A table a backend, one row a kind of operation."""
+    return Group(*(_profile_table(facts["model"], found) for found in facts["profiles"]))
+
+
+def _profile_table(model: str, found: Mapping[str, Any]) -> Table:
+    title = f"{model} in {found['backend']}: multiply-adds {found['mac_ratio']:.3f}"
+    table = Table("operation", "dense", "ms", "octave", "ms", "ratio", title=title)
+    for row in (*found["kinds"], found["total"]):
+        table.add_row(*kind_cells(row))
+    return table
+
+
+def kind_cells(row: Mapping[str, Any]) -> Sequence[str]:
+    """The cells of a kind of operation."""
+    ratio = f"{row['octave_ms'] / row['dense_ms']:.3f}" if row["dense_ms"] else "-"
+    times = (str(row["dense"]), f"{row['dense_ms']:.2f}", str(row["octave"]), f"{row['octave_ms']:.2f}")
+    return (row["kind"], *times, ratio)
+
+
 def bundles_table(facts: Mapping[str, Any]) -> Group:
     """One row a bundle, and below it the recipe that keeps what wins, line for line as a file of it."""
     table = Table("convolutions", "octave ms", "dense ms", "kept", title=facts["model"])

@@ -55,12 +55,24 @@ def _open_pt2(path: str, threads: int | None) -> Run:
 
 
 def _open_onnx(path: str, threads: int | None) -> Run:
+    return run_onnx(onnx_session(path, threads))
+
+
+def onnx_session(path: str, threads: int | None, **more: Any) -> Any:
+    """A session of ONNX Runtime on the CPU; `more` are attributes of its SessionOptions."""
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = options.inter_op_num_threads = threads
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for name, value in more.items():
+        setattr(options, name, value)
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(session: Any) -> Run:
+    """A session as a function of tensors."""
+
     names = [entry.name for entry in session.get_inputs()]
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -71,12 +83,21 @@ def _open_onnx(path: str, threads: int | None) -> Run:
 
 
 def _open_openvino(path: str, threads: int | None) -> Run:
+    return run_openvino(openvino_request(path, threads))
+
+
+def openvino_request(path: str, threads: int | None, **more: Any) -> Any:
+    """A model of OpenVINO, ready to run on the CPU; `more` are its properties."""
     openvino = need("openvino")
     core = openvino.Core()
     # By default a CPU with bfloat16 computes in it.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", **more}
     options |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1} if threads else {}
-    request = core.compile_model(core.read_model(path), "CPU", options).create_infer_request()
+    return core.compile_model(core.read_model(path), "CPU", options).create_infer_request()
+
+
+def run_openvino(request: Any) -> Run:
+    """A request as a function of tensors."""
 
     def run(*inputs: Tensor) -> list[Tensor]:
         found = request.infer([value.numpy() for value in inputs])

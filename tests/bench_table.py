@@ -2,7 +2,8 @@
 
 The first compares backends and networks, the second holds what `--only-faster` makes of a dozen networks, measured
 once more when it has chosen. They stand between `<!-- bench:begin -->` and `<!-- bench:end -->`, and the same with
-"faster" and "kinds". `--part` measures one of them; `--quick` takes fewer pairs, and ResNet-50 alone without compiling.
+"faster", "kinds" and "profile" (where ResNet-50's time goes in the runtimes). `--part` measures one of them; `--quick`
+takes fewer pairs, and ResNet-50 alone without compiling.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from octify.bench import Comparison, Settings, bench, only_faster
+from octify.bench import Comparison, Settings, bench, only_faster, profile
 from octify.bench.compare import machine_of
 from octify.conversion import Conversion
 from octify.recipe import Recipe, load_recipe
+from octify.report_speed import kind_cells
 from octify.zoo import build_model
 
 README = Path(__file__).parents[1] / "README.md"
@@ -110,6 +112,21 @@ def compare_kinds(rounds: int) -> list[str]:
     return [f"`octify bench MODEL --alpha 0.5 --threads 1` on {_machine()}:", "", HEAD, "|" + " --- |" * 9, *rows]
 
 
+def profile_all(rounds: int) -> list[str]:
+    """Where the runtimes spend ResNet-50's time."""
+    source = build_model(NETS[0])
+    dense, octave = converted(source), converted(source, recipe_of(NETS[0], 0.5))
+    found = profile(dense, octave, backends=("onnxruntime", "openvino"), threads=1, rounds=rounds, progress=print)
+    command = "`octify bench resnet50 --recipe resnet --alpha 0.5 --threads 1 --profile"
+    lines = [f"{command} --backend onnxruntime,openvino` on {_machine()}:", ""]
+    lines += ["| backend | operation | dense | ms | octave | ms | ratio |", "| --- | --- |" + " --: |" * 5]
+    for each in found:
+        rows = [row for row in each.to_dict()["kinds"] if max(row["dense_ms"], row["octave_ms"]) >= 0.05]
+        for row in (*rows, each.to_dict()["total"]):
+            lines.append("| " + " | ".join([each.backend, *kind_cells(row)]) + " |")
+    return lines
+
+
 def _machine() -> str:
     machine = machine_of(torch.device("cpu"), 1)
     return f"{machine['processor']}, torch {machine['torch']}"
@@ -119,7 +136,7 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", choices=["bench", "faster", "kinds"])
+    parser.add_argument("--part", choices=["bench", "faster", "kinds", "profile"])
     given = parser.parse_args()
     rounds = 12 if given.quick else 40
     if given.part in (None, "bench"):
@@ -128,6 +145,8 @@ def main() -> None:
         write("faster", choose_all(rounds))
     if given.part in (None, "kinds") and not given.quick:
         write("kinds", compare_kinds(rounds))
+    if given.part in (None, "profile"):
+        write("profile", profile_all(rounds))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import octify
-from octify.bench import Settings, bench, compare, only_faster, reach_latency
+from octify.bench import Settings, bench, compare, only_faster, profile, reach_latency
 from octify.bench.bundles import BundleTiming
 from octify.bench.clock import Timing, interleave
 from octify.bench.memory import peak_memory
@@ -200,6 +200,24 @@ def test_nothing_to_measure_is_refused() -> None:
         only_faster(small(), Recipe.uniform(0.0), SHAPE)
 
 
+@pytest.mark.parametrize(("backend", "convolution"), [("onnxruntime", "Conv"), ("openvino", "Convolution")])
+def test_a_profile_counts_every_convolution(backend: str, convolution: str) -> None:
+    pytest.importorskip(backend, reason="the runtime is not installed")
+    (found,) = profile(*pair(), SHAPE, backends=[backend], threads=1, rounds=4)
+    rows = {row.kind: row for row in found.kinds}
+    paths = 1 + 2 + 4  # the image's stays dense, one gives bands, one reads and gives them
+    assert (rows[convolution].dense, rows[convolution].octave) == (3, paths)
+    assert found.total.octave == sum(row.octave for row in found.kinds)
+    assert found.total.dense_ms == pytest.approx(sum(row.dense_ms for row in found.kinds))
+    assert min(row.octave_ms for row in found.kinds) >= 0 < found.total.octave_ms
+    assert found.mac_ratio == bench(*pair(), SHAPE, rounds=2)[0].mac_ratio
+
+
+def test_a_backend_without_a_clock_of_its_own_is_refused() -> None:
+    with pytest.raises(BackendError, match="eager does not time its operations: the backends that do are onnxruntime"):
+        profile(*pair(), SHAPE, backends=["eager"])
+
+
 def test_the_command_prints_what_it_measured(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FILE)
     name = f"{tmp_path / 'net.py'}:net"
@@ -208,6 +226,10 @@ def test_the_command_prints_what_it_measured(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     (row,) = json.loads(found.stdout)["comparisons"]
     assert row["quotient"] == pytest.approx(row["ratio"] / row["mac_ratio"])
+    found = CliRunner().invoke(app, ["bench", *common, "--backend", "onnxruntime", "--profile"])
+    assert found.exit_code == 0, found.output
+    (timed,) = json.loads(found.stdout)["profiles"]
+    assert timed["total"]["octave"] == sum(row["octave"] for row in timed["kinds"])
     recipe = tmp_path / "fast.yaml"
     found = CliRunner().invoke(app, ["bench", *common, "--only-faster", "-o", str(recipe)])
     assert found.exit_code == 0, found.output

@@ -166,14 +166,21 @@ def _train_step(model: nn.Module, inputs: Sequence[Tensor], settings: Settings) 
 
 def _file_runner(model: nn.Module, inputs: Sequence[Tensor], settings: Settings) -> Call:
     """The exported file at this fixed size, in its runtime."""
-    kind, name = FILES[settings.backend]
+    with exported(model, inputs, settings.backend) as (path, given):
+        run = open_exported(path, FILES[settings.backend][0], settings.threads)
+    return lambda: run(*given)
+
+
+@contextmanager
+def exported(model: nn.Module, inputs: Sequence[Tensor], backend: str) -> Generator[tuple[str, list[Tensor]]]:
+    """A network as a file for a runtime, at this fixed size, and the inputs as the file takes them."""
+    kind, name = FILES[backend]
     given = [value.to(torch.float32).contiguous() for value in inputs]
     program, _ = trace_program(model, given, ())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         WRITERS[kind](program, path, {})
-        run = open_exported(os.fspath(path), kind, settings.threads)
-    return lambda: run(*given)
+        yield os.fspath(path), given
 
 
 def with_backend(settings: Settings, backend: str) -> Settings:
