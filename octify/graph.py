@@ -69,19 +69,20 @@ def _copied_by(module: nn.Module) -> Iterator[nn.Module]:
     return iter((module,)) if isinstance(module, fx.GraphModule) else module.modules()
 
 
-_SIMPLE = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+_SIMPLE = frozenset({type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size})
+_EMPTY: dict[type, Callable[[], Any]] = {OrderedDict: OrderedDict[Any, Any], set: set[Any]}  # a dozen a module: hooks
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, _SIMPLE):
-        return value
     kind = type(cast(object, value))
-    if kind is OrderedDict and not value:  # a dozen a module: hooks
-        return OrderedDict[Any, Any]()
+    if kind in _SIMPLE:
+        return value
+    if kind in _EMPTY and not value:
+        return _EMPTY[kind]()
     if kind is dict:
         entries = cast("dict[Any, Any]", value).items()
         return {key: memo[id(item)] if id(item) in memo else _copy_value(item, memo) for key, item in entries}
-    if kind is tuple and all(isinstance(item, _SIMPLE) for item in cast("tuple[Any, ...]", value)):
+    if kind is tuple and all(type(item) in _SIMPLE for item in cast("tuple[Any, ...]", value)):
         return value
     return copy.deepcopy(value, memo)
 

@@ -33,12 +33,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The path of every place that holds a tensor, and the tensor; shared ones repeat."""
-    modules = cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False))
-    for prefix, module in modules:
-        dot = f"{prefix}." if prefix else ""
-        own = [*module.named_parameters("", False, False), *module.named_buffers("", False, False)]
-        own += [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
-        yield from ((dot + name, value) for name, value in own)
+    for prefix, module in _modules_of(model).items():
+        dot, held = f"{prefix}." if prefix else "", cast(Any, module)
+        for own in (held._parameters, held._buffers, vars(module)):
+            yield from ((dot + name, value) for name, value in own.items() if isinstance(value, Tensor))
+
+
+def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their paths; shared ones repeat."""
+    return dict(cast("Iterator[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False)))
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Strides, dict[str, str]]:
@@ -105,8 +108,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if faults:
         rest = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{'; '.join(faults[:3])}{rest}")
+    modules = _modules_of(model)
     for name, tensor in tensors.items():
-        _put(model, name.removeprefix(CONSTANT), tensor)
+        prefix, _, own = name.removeprefix(CONSTANT).rpartition(".")
+        _put(modules[prefix], own, tensor)
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -130,9 +135,7 @@ def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
     return [module.graph, *modes.values()]
 
 
-def _put(model: nn.Module, path: str, tensor: Tensor) -> None:
-    prefix, _, name = path.rpartition(".")
-    owner = model.get_submodule(prefix)
+def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
     value = getattr(owner, name)
     if isinstance(value, nn.Parameter) and value.is_meta:
         _swap(value, nn.Parameter(tensor, value.requires_grad))  # as below; data cannot leave the meta device

@@ -7,6 +7,7 @@ that a run can be stopped and taken up again, but for those that time or memory 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fnmatch
 import gc
 import json
@@ -15,7 +16,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import zip_longest
@@ -27,10 +28,11 @@ import torchvision.models
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from octify.zoo import list_models
-from tests.zoo.row import COVERAGE, OTHERS, TOO_LARGE, Row, read_rows, write_rows
+from tests.zoo.row import COVERAGE, LARGE, OTHERS, TOO_LARGE, Row, read_rows, write_rows
 from tests.zoo.summary import write_summary
 
 SECONDS, GIB, LIFE = 240.0, 10, 60  # a network's bounds; networks in the life of a worker
+DIED = "the worker died, most likely out of memory"
 DONE = "done\n"  # behind a row's last line
 PARAMETERS = 80e6  # for each GiB: three copies, and something to spare
 
@@ -60,7 +62,14 @@ class _Worker:
         self.served = 0
 
     def measure(self, name: str) -> Row:
-        """The row of a network, or one that says which bound it met."""
+        """The row of a network, or one that says which bound it met; where memory was short, a new process tries."""
+        row = self._measure(name)
+        if self.served > 1 and any(word in row.reason for word in ("allocate memory", DIED)):
+            self.stop()
+            return self._measure(name)
+        return row
+
+    def _measure(self, name: str) -> Row:
         if self.process is None or self.process.poll() is not None or self.served >= LIFE:
             self._start()
         process = cast("subprocess.Popen[str]", self.process)
@@ -78,7 +87,7 @@ class _Worker:
         self.served += 1
         library, short = name.split(":")
         row = Row(**json.loads(lines[-1])) if lines else Row(library, short, family_of(name))
-        why = f"more than {self.seconds:g} s" if late else "the worker died, most likely out of memory"
+        why = f"more than {self.seconds:g} s" if late else DIED
         if not whole:
             row.say(*(("oracles", f"not run, {why}") if lines else ("census", why)))
         return row
@@ -107,6 +116,7 @@ def _serve(gib: int) -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # the libraries: what is made from now on is looked through in less time
+    gc.disable()
     resource.setrlimit(resource.RLIMIT_DATA, (gib * 2**30, gib * 2**30))
     out = sys.stdout
     sys.stdout = sys.stderr
@@ -115,10 +125,23 @@ def _serve(gib: int) -> None:
         out.write(f"{json.dumps(asdict(row))}\n{end}")
         out.flush()
 
+    trim = _trimmer()
+    waiting = 0.0  # parameters of the networks since the last collection: converted models hold cycles
     for line in sys.stdin:
         name = line.strip()
-        tell(measure(name, family_of(name), gib * PARAMETERS, tell), DONE)
-        gc.collect()  # converted models hold cycles
+        row = measure(name, family_of(name), gib * PARAMETERS, tell)
+        tell(row, DONE)
+        waiting += float(row.parameters or LARGE)
+        if waiting >= LARGE:
+            gc.collect()
+            trim()
+            waiting = 0.0
+
+
+def _trimmer() -> Callable[[], object]:
+    """Gives the memory between small pieces back: else what a worker holds grows until nothing large fits its bound."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return (lambda: trim(0)) if trim is not None else (lambda: None)
 
 
 def _measured(names: list[str], workers: int, seconds: float, gib: int) -> Iterator[Row]:

@@ -122,8 +122,7 @@ def with_gradient(model: nn.Module, forward: Forward) -> set[str]:
     """The parameters that a train step gives a gradient."""
     model.zero_grad()
     values = [value for value in tensors(forward(model)) if value.is_floating_point()]
-    total = sum((value.square().mean() for value in values), start=torch.zeros(()))
-    total.backward()
+    torch.stack([value.square().mean().float() for value in values]).sum().backward()
     found = {name for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found

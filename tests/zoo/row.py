@@ -9,6 +9,7 @@ from pathlib import Path
 
 COVERAGE = Path(__file__).with_name("coverage.csv")
 OTHERS = Path(__file__).with_name("others.csv")
+LARGE = 50e6  # parameters of networks whose memory is wanted back at once
 TOO_LARGE = "not run for want of memory"  # why the oracles say nothing of a row
 
 
