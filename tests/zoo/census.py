@@ -31,7 +31,7 @@ from octify.zoo import list_models
 from tests.zoo.row import COVERAGE, LARGE, OTHERS, TOO_LARGE, Row, read_rows, write_rows
 from tests.zoo.summary import write_summary
 
-SECONDS, GIB, LIFE = 240.0, 10, 60  # a network's bounds; networks in the life of a worker
+SECONDS, GIB, LIFE = 240.0, 10, 150  # a network's bounds; networks in the life of a worker
 DIED = "the worker died, most likely out of memory"
 DONE = "done\n"  # behind a row's last line
 PARAMETERS = 80e6  # for each GiB: three copies, and something to spare

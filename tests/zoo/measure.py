@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -20,8 +21,9 @@ from tests.zoo.compare import brief, tensors, try_run
 from tests.zoo.constant import spread_gains
 from tests.zoo.count import ALPHA, Counted, count, macs
 from tests.zoo.describe import adapters, listed, octave_targets, opaque, stems, why_dense
+from tests.zoo.draw import drawn_quickly
 from tests.zoo.proofs import Proofs, step
-from tests.zoo.row import TOO_LARGE, Row
+from tests.zoo.row import LARGE, TOO_LARGE, Row
 
 SMALL = (64, 96, 128, 160, 192)
 FRAMES = 8  # of a clip, for the oracles
@@ -102,7 +104,8 @@ class _Census:
 
     def _build(self) -> nn.Module:
         """The network with weights that show every branch."""
-        return spread_gains(build_model(self.name))
+        with drawn_quickly() if self.parameters > LARGE else nullcontext():
+            return spread_gains(build_model(self.name))
 
     def _ready(self, model: nn.Module) -> nn.Module:
         """A model for the images of the oracles."""
