@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
+from torch.utils import _pytree as pytree
 
 _map_aggregate = cast(Callable[[Any, Callable[[Any], Any]], Any], map_aggregate)
 _map_arg = cast(Callable[[Any, Callable[[fx.Node], Any]], Any], map_arg)
@@ -240,6 +241,18 @@ def writes_in_place(node: fx.Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return node.op in ("call_method", "call_function") and (in_place or node.target is operator.setitem)
+
+
+def shares_memory(node: fx.Node) -> bool:
+    """Whether what a node gives lies in memory of what it reads, at the example's size; values must be recorded."""
+    given, *read = (_storages(value_of(found)) for found in (node, *node.all_input_nodes))
+    return any(given & storages for storages in read)
+
+
+def _storages(value: object) -> set[int]:
+    """What tells the memory of tensors apart, on meta, too."""
+    leaves: list[Any] = pytree.tree_leaves(value)
+    return {cast(Any, leaf).untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def chain_of_views(node: fx.Node) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from octify.flows import Flows, target_of
+from octify.flows import Flows
 from octify.functional import drop_stand_ins
 from octify.graph import (
     get_module,
@@ -19,6 +19,7 @@ from octify.graph import (
     named_modules,
     own_tensors,
     set_module,
+    shares_memory,
     structural_copy,
     writes_in_place,
 )
@@ -34,14 +35,6 @@ from octify.tracer import SymbolicTracer
 def rewrite_graph(flows: Flows, plan: Plan) -> OctaveModule:
     """Builds the converted module; the source's tensors are copied, never shared."""
     return _Rewriter(flows, plan).run()
-
-
-VIEWS = ("chunk", "split", "unbind", "view", "unsqueeze", "squeeze", "permute", "transpose", "getitem", "unflatten")
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether what a node gives shares memory with what it reads, in the source, too."""
-    return target_of(node) in VIEWS
 
 
 class _Rewriter:
@@ -94,7 +87,7 @@ class _Rewriter:
 
     def _own(self, node: fx.Node, emitted: Bands) -> Bands:
         """Bands that may be written to: where the source makes a copy, none that is still another value's."""
-        if _is_view(node) or not any(self._writes(reader) for reader in node.users):
+        if shares_memory(node) or not any(self._writes(reader) for reader in node.users):
             return emitted
         high, low = (
             band if band.target is torch.cat else self.graph.call_function(torch.clone, (band,))

@@ -64,10 +64,11 @@ def trace_model(model: nn.Module, example: tuple[Any, ...], ways: tuple[str, ...
     `example` holds the inputs (tensors on any device; only their shapes and types matter), `ways` which are tried.
 
     Raises:
-        ModelError: the model holds modules that nothing can trace, or octave ones.
+        ModelError: the model holds modules that nothing can trace, or octave ones, or takes fewer inputs.
         TraceError: no way of tracing works; the message says what each one met.
     """
     _refuse_untraceable(model)
+    _refuse_more(model, len(example))
     failures: list[str] = []
     tracers: dict[str, type[SymbolicTracer]] = dict(
         zip(WAYS, (SymbolicTracer, GuardedTracer, FreeBatchTracer, FixedTracer), strict=True)
@@ -189,6 +190,14 @@ def required_inputs(model: nn.Module) -> int:
     """How many arguments a model's forward cannot do without."""
     parameters = inspect.signature(model.forward).parameters.values()
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def _refuse_more(model: nn.Module, given: int) -> None:
+    """Refuses more example inputs than a model's forward takes: a graph would leave them out without a word."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    taken = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    if given > taken and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise ModelError(f"{type(model).__name__} takes {taken} input(s): example_inputs holds {given}")
 
 
 def _defaults(model: nn.Module, given: int) -> dict[str, Any] | None:

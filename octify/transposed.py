@@ -48,7 +48,7 @@ class _Lattice:
 
 
 @dataclass(frozen=True)
-class _Upward:
+class Upward:
     """A transposed convolution's geometry along one axis."""
 
     axis: Axis
@@ -74,7 +74,7 @@ class _Upward:
         return padding, 0 if pad else extra, pad, front, bool(front) or not exact
 
 
-def _low_lattice(rows: Sequence[_Upward], still: int) -> _Lattice:
+def _low_lattice(rows: Sequence[Upward], still: int) -> _Lattice:
     """Low to low, and high to low behind D: `D ∘ transposed conv ∘ U`, from axis `still` on."""
     kept = [(keep_taps(row.axis), (row.axis.left, row.extra, 0, 0, False)) for row in rows[:still]]
     folded = [(taps, row.low_end(taps)) for row in rows[still:] for taps in [fold_taps(row.axis)]]
@@ -152,7 +152,7 @@ class OctConvTranspose(OctBase):
         self.padding, self.output_padding = as_tuple(padding, self.dim), as_tuple(output_padding, self.dim)
         self.dilation = as_tuple(dilation, self.dim)
         geometry = zip(self.kernel_size, self.stride, self.dilation, self.padding, self.output_padding, strict=True)
-        rows = [_Upward(Axis(k, s, d, p, p), extra) for k, s, d, p, extra in geometry]
+        rows = [Upward(Axis(k, s, d, p, p), extra) for k, s, d, p, extra in geometry]
         still = self.dim - self.spatial
         self._halved = tuple(rows[still:])
         taps = tuple(keep_taps(row.axis) for row in rows)

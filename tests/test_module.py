@@ -16,6 +16,7 @@ from torch.export import export
 from torch.nn.parallel import DistributedDataParallel
 
 import octify
+from octify.errors import ModelError
 from octify.verify import shake
 from octify.zoo import build_model
 
@@ -145,6 +146,13 @@ def test_meta_models_plan_and_convert_without_memory() -> None:
     converted = octify.convert(model, alpha=0.25)
     assert plan == octify.plan_of(converted)
     assert all(tensor.is_meta for tensor in converted.state_dict().values())
+
+
+def test_more_inputs_than_the_network_takes_are_refused() -> None:
+    one = torch.randn(1, 3, 32, 32)
+    for work in (octify.convert, octify.plan):
+        with pytest.raises(ModelError, match=r"ResNet takes 1 input\(s\): example_inputs holds 2"):
+            work(build_model("timm:resnet10t"), example_inputs=(one, one))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

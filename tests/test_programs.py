@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, Conv2dSame, GroupNormAct, LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import octify
+from octify.layers import OctConvTranspose2d
 from octify.optimize import build, flatten
 from octify.optimize.native import Program, why_not
 from tests.test_native import close, lowered
@@ -76,6 +79,19 @@ def split(x: Tensor) -> Tensor:
     return torch.cat((three, F.relu(one), two), 1)
 
 
+def bilinear(x: Tensor) -> Tensor:
+    x = F.avg_pool2d(F.max_pool2d(x, 3, stride=1, padding=1), 3, 1, 1)
+    return F.interpolate(x, scale_factor=1, mode="bilinear")
+
+
+def corners(x: Tensor) -> Tensor:
+    return F.interpolate(F.relu(x), size=x.shape[2:], mode="bilinear", align_corners=True)
+
+
+def around(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
 BLOCKS: dict[str, Callable[[], Block]] = {
     "layer norm": lambda: Block(F.gelu, LayerNorm2d(24)),
     "group norm": lambda: Block(F.silu, nn.GroupNorm(4, 24), GroupNormAct(24, 6)),
@@ -93,6 +109,12 @@ BLOCKS: dict[str, Callable[[], Block]] = {
     "split": lambda: Block(split),
     "chunks": lambda: Block(lambda x: x.chunk(2, 1)[0].repeat(1, 2, 1, 1) + x),
     "upsampling": lambda: Block(lambda x: F.interpolate(x, scale_factor=2.0), nn.MaxPool2d(2), nn.MaxPool2d(1, 1)),
+    "bilinear": lambda: Block(bilinear, nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear")),
+    "corners": lambda: Block(corners, nn.AvgPool2d(2), nn.UpsamplingBilinear2d(scale_factor=2), nn.Conv2d(24, 24, 1)),
+    "transposed": lambda: Block(
+        F.relu, nn.Conv2d(24, 24, 2, 2), nn.ReLU(), nn.ConvTranspose2d(24, 24, 2, 2), nn.BatchNorm2d(24)
+    ),
+    "zeros around": lambda: Block(around, nn.ZeroPad2d((1, 2, 0, 3)), nn.Conv2d(24, 24, (4, 4))),
     "norm and activation": lambda: Block(F.relu, BatchNormAct2d(24), nn.ReLU(), BatchNormAct2d(24)),
     "padded by size": lambda: Block(F.relu, Conv2dSame(24, 24, 3), nn.BatchNorm2d(24)),
     "standardised": lambda: Block(F.relu, ScaledStdConv2d(24, 24, 3, padding=1)),
@@ -108,15 +130,38 @@ def test_what_a_program_holds(name: str, alpha: float) -> None:
     net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), BLOCKS[name](), nn.Conv2d(24, 4, 1))
     form, octave_net = program_of(ready(net), alpha=alpha)
     calls = [node.target for node in form.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
-    # A mean over channels, repetition and groups of low channels alone run on PyTorch.
+    # A mean over channels, repetition, groups of low channels alone and padded bands run on PyTorch.
     held = name not in ("gate by position", "chunks") and (alpha < 1 or name not in ("group norm", "instance norm"))
+    held = held and (alpha == 0 or name != "zeros around")
     assert len(calls) == 1 or not held, calls
     with torch.no_grad():
         for size in ((48, 48), (52, 30), (47, 45)):
-            if name == "upsampling" and size[0] % 2:
-                continue
+            if name in ("upsampling", "bilinear", "corners", "transposed") and size[0] % 2:
+                continue  # halved and doubled
             x = torch.randn(2, 3, *size)
             assert close(form(x), octave_net(x)), size
+
+
+@st.composite
+def transposed_layers(draw: st.DrawFn) -> nn.ConvTranspose2d:
+    """Of stride 2, of any other geometry."""
+    kernel, dilation = (draw(st.tuples(st.integers(1, 5), st.integers(1, 5))), draw(st.sampled_from((1, 1, 2, 3))))
+    padding = tuple(draw(st.integers(0, min(3, dilation * (size - 1)))) for size in kernel)
+    more = draw(st.integers(0, 1))
+    return nn.ConvTranspose2d(12, 12, kernel, 2, padding, more, bias=draw(st.booleans()), dilation=dilation)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layer=transposed_layers(), alpha=st.sampled_from((0.0, 0.5, 1.0)), size=st.tuples(*[st.integers(29, 34)] * 2))
+def test_transposed_layers_of_any_geometry(layer: nn.ConvTranspose2d, alpha: float, size: tuple[int, int]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), layer, nn.BatchNorm2d(12),
+                        nn.ReLU(), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 4, 1))  # fmt: skip
+    form, octave_net = program_of(ready(net), alpha=alpha, size=32)
+    assert [node.op for node in form.graph.nodes].count("call_module") == 1
+    assert alpha == 0 or type(octave_net.get_submodule("3")) is OctConvTranspose2d
+    with torch.no_grad():
+        x = torch.randn(2, 3, *size)
+        assert close(form(x), octave_net(x))
 
 
 def test_strided_layers_at_odd_sizes_and_bands_without_high_channels() -> None:

@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from octify.graph import get_module, set_module
-from octify.layers import OctConv
+from octify.layers import OctConv, OctConvTranspose
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 def fold_norms(module: fx.GraphModule) -> int:
@@ -69,7 +70,7 @@ def _fold(module: fx.GraphModule, source: fx.Node, norm: nn.Module, calls: Count
     if source.op != "call_module" or calls[str(source.target)] > 1:
         return False
     conv: Any = get_module(module, str(source.target))
-    if isinstance(conv, OctConv):
+    if isinstance(conv, OctConv | OctConvTranspose):
         band = band or ("h" if conv.out_layout.is_dense else "?")
     elif type(conv) not in CONVS or band:
         return False
@@ -91,7 +92,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _scale(conv: nn.Module, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> None:
+def _scale(conv: Any, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> None:
     *weights, bias_name = names
     like: Tensor | None = None
     for name in weights:
@@ -99,12 +100,21 @@ def _scale(conv: nn.Module, names: tuple[str, ...], scale: Tensor, shift: Tensor
         if weight is None:
             continue
         like = weight
-        rows = scale.view(-1, *(1,) * (weight.dim() - 1))
-        setattr(conv, name, _parameter(weight.detach().double() * rows, weight))
+        setattr(conv, name, _parameter(_scaled(conv, name, weight.detach().double(), scale), weight))
     assert like is not None, f"{type(conv).__name__} has a band without weights"
     bias: Tensor | None = getattr(conv, bias_name)
     total = shift if bias is None else bias.detach().double() * scale + shift
     setattr(conv, bias_name, _parameter(total, like))
+
+
+def _scaled(conv: Any, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight whose outputs are scaled; a transposed one has them behind its inputs, group by group."""
+    places = (1,) * (weight.dim() - 2)
+    if not isinstance(conv, (OctConvTranspose, *TRANSPOSED)):
+        return weight * scale.view(-1, 1, *places)
+    groups: int = conv._groups[name[-2:]] if isinstance(conv, OctConvTranspose) else conv.groups  # pyright: ignore
+    rows: Tensor = scale.view(groups, 1, -1, *places)
+    return cast(Any, weight.unflatten(0, (groups, -1)) * rows).flatten(0, 1)
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

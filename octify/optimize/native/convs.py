@@ -18,6 +18,7 @@ from octify.optimize.native.sizes import Convolved, Cropped, SameSize
 from octify.optimize.native.steps import SAME, Beside, Conv, Edge
 from octify.optimize.norms import scale_and_shift
 from octify.optimize.passes import act_of
+from octify.optimize.spread import Pad
 from octify.resample import average, pool_low
 
 WASTE = 8.0  # products made for one that is needed, up to which a grouped convolution is run here
@@ -40,6 +41,8 @@ def is_conv(module: Graph, node: fx.Node) -> bool:
 def borders(module: Graph, node: fx.Node) -> bool:
     """Whether a node pads with zeros for convolutions alone, or crops what a convolution gives it alone."""
     found = module_of(module, node)
+    if type(found) is Pad:
+        return all(is_conv(module, reader) for reader in node.users)
     if type(found) is Leave:
         source, size = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         high = size if len(node.args) > 2 else cast(fx.Node, size.args[0])
@@ -63,6 +66,9 @@ def _pads(builder: Builder, node: fx.Node) -> None:
     found = get_module(builder.module, str(node.target))
     if isinstance(found, PadSame):
         builder.padding[node] = Padding(SAME, Edge.NOTHING)
+        return
+    if isinstance(found, Pad):
+        builder.padding[node] = Padding(found.amounts, Edge.NOTHING)
         return
     route = cast(Enter, found).route
     mode, pads = route.pads[0] if route.pads else ("constant", (0, 0, 0, 0))

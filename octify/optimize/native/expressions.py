@@ -16,6 +16,7 @@ from octify.optimize.native.builder import Builder
 from octify.optimize.native.operations import Graph, is_map, module_of
 from octify.optimize.native.sizes import Given, Like, Shaped, Worked
 from octify.optimize.native.steps import Shape, Sizes
+from octify.optimize.spread import blend, interleave
 from octify.resample import up_to
 
 _operator: Any = operator  # the standard library's own annotations of these are partly unknown
@@ -40,7 +41,7 @@ def works_out_size(module: Graph, node: fx.Node) -> bool:
 
 def _asks(module: Graph, reader: fx.Node) -> bool:
     """Whether a node that programs hold asks for a size."""
-    return reader.target is up_to or type(module_of(module, reader)) in (LowPool, Leave, Enter)
+    return reader.target in (up_to, blend, interleave) or type(module_of(module, reader)) in (LowPool, Leave, Enter)
 
 
 def _is_known(module: Graph, node: fx.Node) -> bool:

@@ -35,6 +35,8 @@ void octify_run(const Step* steps, int64_t count, const Map* maps, const float* 
       case GREATEST: run_windows<true>(*step, maps, zeros, threads); break;
       case AVERAGE: run_windows<false>(*step, maps, zeros, threads); break;
       case RESIZE: run_resize(*step, maps, threads); break;
+      case BLEND: run_blend(*step, maps, threads); break;
+      case INTERLEAVE: run_interleave(*step, maps, threads); break;
       case MOMENTS: run_moments(*step, maps, threads); break;
       case GROUPS: run_groups(*step, maps, threads); break;
       case VIEW: break;  // a part of another map

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-enum Kind { SUM = 0, GROUPED, POOL, BESIDE, GREATEST, MEAN, TAKE, AVERAGE, RESIZE, MOMENTS, VIEW, GROUPS };
+enum Kind { SUM = 0, GROUPED, POOL, BESIDE, GREATEST, MEAN, TAKE, AVERAGE, RESIZE, MOMENTS, VIEW, GROUPS, BLEND, INTERLEAVE };
 
 struct Map {
   float* data;
@@ -31,7 +31,7 @@ struct Input {
 struct Conv {
   Input input;
   const float* weight;   // GROUPED: [tap][of group][channel]
-  const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels; GROUPS: each one's
+  const int64_t* first;  // SUM: the first channel that each panel reads; TAKE: the channels; GROUPS: each one's; BLEND: whether corners are met
   int64_t span;          // SUM: how many channels a panel reads; GROUPED: how many a group has; AVERAGE: of how many, or 0; GROUPS: how many
   int64_t kernel[2], stride[2], before[2], dilation[2];  // before: SAME pads as TensorFlow does
   int64_t edge;  // what lies beyond the borders: nothing, the edge again, or that only where windows do not fit

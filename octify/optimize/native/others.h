@@ -121,6 +121,57 @@ static void run_resize(const Step& step, const Map* maps, int threads) {
   });
 }
 
+// Between which two positions bilinear resizing finds one, and how far it is on the way to the second.
+struct Between {
+  int64_t first, second;
+  float share;
+};
+
+static Between between(int64_t place, int64_t out, int64_t in, bool corners) {
+  const float scale = corners ? (out > 1 ? (float)(in - 1) / (out - 1) : 0.f) : (float)in / out;
+  const float at = corners ? scale * place : std::max(scale * (place + 0.5f) - 0.5f, 0.f);
+  const int64_t first = std::min<int64_t>((int64_t)at, in - 1);
+  return {first, std::min(first + 1, in - 1), std::min(at - first, 1.f)};
+}
+
+static void run_blend(const Step& step, const Map* maps, int threads) {
+  const Map &x = maps[step.conv[0].input.map], &out = maps[step.out];
+  const bool corners = step.conv[0].first[0];
+  std::vector<Between> columns(out.w);
+  for (int64_t w = 0; w < out.w; ++w) columns[w] = between(w, out.w, x.w, corners);
+  each_row_pooled(step, maps, threads, [&](int64_t row) {
+    const Between lines = between(row % out.h, out.h, x.h, corners);
+    const float* image = x.data + row / out.h * x.h * x.w * x.pitch;
+    const float *top = image + lines.first * x.w * x.pitch, *bottom = image + lines.second * x.w * x.pitch;
+    const vec down = all(lines.share), up = all(1.f - lines.share);
+    float* to = out.data + row * out.w * out.c;
+    for (int64_t w = 0; w < out.w; ++w, to += out.c) {
+      const int64_t left = columns[w].first * x.pitch, right = columns[w].second * x.pitch;
+      const vec there = all(columns[w].share), here = all(1.f - columns[w].share);
+      each_vector(out.c, [&](int64_t c, auto load, auto store) {
+        const vec above = load(top + left + c) * here + load(top + right + c) * there;
+        const vec below = load(bottom + left + c) * here + load(bottom + right + c) * there;
+        store(to + c, above * up + below * down);
+      });
+    }
+  });
+}
+
+// Four maps in turns, along rows and columns.
+static void run_interleave(const Step& step, const Map* maps, int threads) {
+  const Map& out = maps[step.out];
+  each_row_pooled(step, maps, threads, [&](int64_t row) {
+    const int64_t n = row / out.h, h = row % out.h;
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      const Map& x = maps[step.conv[2 * (h & 1) + parity].input.map];
+      const float* from = x.data + (n * x.h + h / 2) * x.w * x.pitch;
+      float* to = out.data + row * out.w * out.c;
+      for (int64_t w = parity; w < out.w; w += 2, from += x.pitch)
+        each_vector(out.c, [&](int64_t c, auto load, auto store) { store(to + w * out.c + c, load(from + c)); });
+    }
+  });
+}
+
 struct Moments {
   float mean, variance;
 };

@@ -16,8 +16,9 @@ from octify.optimize.native.builder import ONE_TAP, Builder, channels_of, readin
 from octify.optimize.native.convs import is_read_in_parts
 from octify.optimize.native.expressions import expression, grid_given, is_size
 from octify.optimize.native.operations import Graph, Operation, grid_of, module_of
-from octify.optimize.native.sizes import Chosen, Convolved, Given, Halved, Like, OnGrid, Vector
+from octify.optimize.native.sizes import Chosen, Convolved, Given, Halved, Like, OnGrid, Vector, Worked
 from octify.optimize.native.steps import Beside, Conv, Edge, Kind, Step
+from octify.optimize.spread import blend, grid_left, interleave
 from octify.pooling import OctPool
 from octify.resample import average, pool_low, up_to
 
@@ -129,14 +130,30 @@ def _mean_of_bands(builder: Builder, node: fx.Node) -> None:
 
 
 def _is_resize(module: Graph, node: fx.Node) -> bool:
-    """Nearest upsampling, to a size that maps tell."""
-    return node.target is up_to and is_size(module, node.args[1])
+    """Nearest or bilinear resizing, to a size that maps tell."""
+    return node.target in (up_to, blend) and is_size(module, node.args[1])
 
 
 def _resize(builder: Builder, node: fx.Node) -> None:
     value = builder.value(cast(fx.Node, node.args[0]))
     size = Given(value, expression(builder, node.args[1]))
-    builder.values[node] = builder.emit(Step(Kind.RESIZE, builder.new(), size, [Conv(value, *ONE_TAP)]))
+    step = Step(Kind.RESIZE, builder.new(), size, [Conv(value, *ONE_TAP)])
+    if node.target is blend:
+        step.kind, step.order = Kind.BLEND, (int(cast(bool, node.args[2])),)
+    builder.values[node] = builder.emit(step)
+
+
+def _interleaves(module: Graph, node: fx.Node) -> bool:
+    """Four maps in turns, to a size that maps tell."""
+    return node.target is interleave and is_size(module, node.args[1])
+
+
+def _interleave(builder: Builder, node: fx.Node) -> None:
+    parts, size, *places = cast("tuple[list[fx.Node], Any, Any]", node.args)
+    values = [builder.value(part) for part in parts]
+    given = Given(values[0], Worked(grid_left, (expression(builder, size), *places)))
+    convs = [Conv(value, *ONE_TAP) for value in values]
+    builder.values[node] = builder.emit(Step(Kind.INTERLEAVE, builder.new(), given, convs))
 
 
 OPERATIONS = (
@@ -145,4 +162,5 @@ OPERATIONS = (
     Operation("mean", is_mean, _mean),
     Operation("mean of both bands", is_mean_of_bands, _mean_of_bands),
     Operation("resizing", _is_resize, _resize),
+    Operation("maps in turns", _interleaves, _interleave),
 )

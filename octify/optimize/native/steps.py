@@ -35,6 +35,8 @@ class Kind(IntEnum):
     MOMENTS = 9
     VIEW = 10
     GROUPS = 11
+    BLEND = 12
+    INTERLEAVE = 13
 
 
 class Edge(IntEnum):
@@ -114,7 +116,8 @@ class Step:
     pooled: int | None = None
     act: str = ""
     bias: Tensor | None = None
-    order: tuple[int, ...] = ()  # TAKE: which channels, in which order; VIEW: the first one; GROUPS: each one's group
+    # TAKE: which channels, in which order; VIEW: the first; GROUPS: each one's group; BLEND: whether corners are met
+    order: tuple[int, ...] = ()
     eps: float = 0.0  # MOMENTS, GROUPS
 
     @property

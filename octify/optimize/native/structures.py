@@ -135,7 +135,7 @@ def structure(step: Step, wide: int) -> Made:
         _, row.span = Kernel.of(conv.weight.shape, conv.groups).reads(panels)
     for row, (_, starts) in zip(made.conv, packed, strict=False):
         row.first = place(torch.tensor(starts, dtype=torch.int64))
-    if step.kind in (Kind.TAKE, Kind.GROUPS):
+    if step.kind in (Kind.TAKE, Kind.GROUPS, Kind.BLEND):
         made.conv[0].first = place(torch.tensor(step.order, dtype=torch.int64))
     if step.kind == Kind.GROUPS:
         made.conv[0].span = 1 + max(step.order)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from octify.graph import get_attribute, map_nodes, set_module, value_of
+from octify.graph import get_attribute, map_nodes, meta_copy, set_module, value_of
 from octify.norms import OctChannelNorm, OctGroupNorm
 from octify.optimize.forms import Affine, Centred, GroupFactors, low_moments, moments
 from octify.optimize.native.operations import Graph, is_map, module_of
@@ -29,7 +29,7 @@ class Writer:
             made.meta["value"] = target(*map_nodes(args, value_of))
         return made
 
-    def call(self, made: nn.Module, value: Tensor, *args: fx.Node) -> fx.Node:
+    def call(self, made: nn.Module, value: Any, *args: fx.Node) -> fx.Node:
         """A call of a new module that gives such a value."""
         path = f"octify_{type(made).__name__.lower()}_{len(self.graph.nodes)}"
         while hasattr(self.module, path):
@@ -38,6 +38,12 @@ class Writer:
         node = self.graph.call_module(path, args)
         node.meta["value"] = value
         return node
+
+    def layer(self, made: nn.Module, *args: fx.Node) -> fx.Node:
+        """A call of a new module, with the value that it has."""
+        with torch.no_grad():
+            value = meta_copy(made).eval()(*map(value_of, args))
+        return self.call(made.eval(), value, *args)
 
     def affine(self, x: fx.Node, scale: Tensor | float, shift: Tensor | float) -> fx.Node:
         """`scale · x + shift`, in one with what x is."""
