@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -17,14 +16,14 @@ from torchvision.ops import Permute
 from octify.graph import nodes_in, shape_of, value_of
 from octify.layers import Merge, Split
 from octify.norms import OctChannelNorm, OctGroupNorm
-from octify.ops import resize_bands, take_channels
-from octify.optimize.forms import Affine, by_image, empty_high, grid_of, half_of, join, scaled_grid
+from octify.ops import take_channels
+from octify.optimize.forms import Affine, by_image, grid_of, join
 from octify.optimize.native.operations import Graph, is_map, module_of
+from octify.optimize.native.spellings import pad, resize, window
 from octify.optimize.native.transposed import transposed
 from octify.optimize.native.turned import TURNS, on_turned, turn
 from octify.optimize.native.writer import Result, Writer
 from octify.optimize.passes import act_of
-from octify.optimize.spread import Pad, blend
 from octify.resample import pool_low, up_to
 from octify.rules.bandnorm import GROUP_NORMS
 
@@ -40,11 +39,6 @@ MOVES: tuple[Any, ...] = (
     torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.movedim, "movedim",
     "view", "reshape", torch.reshape, torch.flatten, "flatten", "unflatten",
 )  # fmt: skip
-_MAX = (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"))
-_AVERAGE = (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"))
-WINDOWS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
-    F.max_pool2d: _MAX, torch.max_pool2d: _MAX, F.avg_pool2d: _AVERAGE,
-}  # fmt: skip
 # What gives a tensor that nothing else sees: if it is written over, only its one reader knows.
 FRESH: tuple[Any, ...] = (F.gelu, join)
 
@@ -233,68 +227,7 @@ def _group_norm(writer: Writer, node: fx.Node) -> Result:
     return tuple(found) if octave else found[0]
 
 
-def _resize(writer: Writer, node: fx.Node) -> Result:
-    """Nearest upsampling by a size or by whole factors → up_to."""
-    found = module_of(writer.module, node)
-    names = ("size", "scale_factor", "mode", "align_corners")
-    given: dict[str, Any] = dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
-    if node.target is resize_bands:
-        given = dict(zip(("input", "low", *names), node.args, strict=False)) | node.kwargs
-    elif type(found) in (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d):
-        given = {"input": node.args[0], **{name: getattr(found, name) for name in names}}
-    elif node.target is not F.interpolate:
-        return None
-    x, size, factor = given["input"], given.get("size"), given.get("scale_factor")
-    mode = given.get("mode", "nearest")
-    if mode not in ("nearest", "bilinear") or given.get("recompute_scale_factor") or given.get("antialias"):
-        return None
-    if not is_map(given.get("low", x)):
-        return None
-    size = (size, size) if isinstance(size, int) else size
-    if size is None:
-        pair = cast("Sequence[float]", factor if isinstance(factor, (list, tuple)) else [factor] * 2)
-        factors = [float(number) for number in pair]
-        if any(number != math.floor(number) for number in factors):
-            return None
-        size = writer.function(scaled_grid, x, factors)
-    how: tuple[Any, ...] = (up_to,) if mode == "nearest" else (blend, bool(given.get("align_corners")))
-
-    def resized(band: fx.Node, to: Any) -> fx.Node:
-        return writer.function(how[0], band, to, *how[1:])
-
-    raised = resized(x, size) if is_map(x) else writer.function(empty_high, given["low"], size)
-    if "low" not in given:
-        return raised
-    return raised, resized(given["low"], writer.function(half_of, raised))
-
-
-def _window(writer: Writer, node: fx.Node) -> Result:
-    """A pooling by function → the module."""
-    found = WINDOWS.get(cast(Any, node.target))
-    if found is None or nodes_in(node.args[1:]) or not is_map(node.args[0] if node.args else None):
-        return None
-    kind, names = found
-    given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
-    return writer.layer(kind(**given), cast(fx.Node, node.args[0])) if set(given) <= set(names) else None
-
-
-def _pad(writer: Writer, node: fx.Node) -> Result:
-    """Zeros around a map, for the convolutions that read it → Pad."""
-    found: Any = module_of(writer.module, node)
-    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    if type(found) in (nn.ZeroPad2d, nn.ConstantPad2d):
-        given = {"input": node.args[0], "pad": found.padding, "value": found.value}
-    elif node.target is not F.pad:
-        return None
-    amounts = (*cast("Sequence[Any]", given["pad"]), 0, 0)[:4]
-    whole = all(isinstance(amount, int) and amount >= 0 for amount in amounts)
-    zeros = given.get("mode", "constant") == "constant" and not given.get("value")
-    if not whole or not zeros or len(given["pad"]) > 4 or not is_map(given["input"]):
-        return None
-    return writer.layer(Pad(cast("tuple[int, int, int, int]", amounts)), given["input"])
-
-
 RULES: tuple[Callable[[Writer, fx.Node], Result], ...] = (
     turn, on_turned, _nothing, _same, _cat, _slice, _shuffle, _affine, _merge, _split, _channel_norm, _group_norm,
-    _resize, _window, _pad, transposed,
+    resize, window, pad, transposed,
 )  # fmt: skip
