@@ -49,6 +49,7 @@ from tests.zoo.compare import (
 from tests.zoo.row import LARGE, Row
 
 CLOSE = 1e-4
+MANY = 3 * 192 * 192  # numbers in an image, above which a train step takes long
 COLOURS = 4  # tried where rounding is in the way
 
 
@@ -119,11 +120,11 @@ class Proofs:
         self._oracle1(image)
         self._oracle2(image)
         with step(self.row, "train step"):
-            self.trained = self._trained(image, forward)
+            self.trained = self._reached(self.source, image, forward, on_meta=True)
         del self.source, self.reading
         self._let_go()
         self._save_load(image)
-        self._train_step(forward)
+        self._train_step(image, forward)
         del self.converted
         self._let_go()
         self._oracle2_again()
@@ -133,13 +134,13 @@ class Proofs:
         if int(self.row.parameters) > LARGE:
             gc.collect()
 
-    def _trained(self, image: tuple[Any, ...], forward: Forward) -> set[str]:
-        """Which of the source's parameters a train step reaches: meta tensors tell, where the source runs on them."""
-        ghost = meta_copy(self.source).train()
-        if all(isinstance(value, Tensor) for value in image):
+    def _reached(self, model: nn.Module, image: tuple[Any, ...], forward: Forward, *, on_meta: bool) -> set[str]:
+        """Which parameters a train step reaches; meta tensors tell as well, where the model runs on them."""
+        if on_meta and all(isinstance(value, Tensor) for value in image):
             with suppress(Exception):
-                return with_gradient(ghost, lambda model: model(*(value.to("meta") for value in image)))
-        return with_gradient(self.source.train(), forward)
+                ghosts = [value.to("meta") for value in image]
+                return with_gradient(meta_copy(model).train(), lambda ghost: ghost(*ghosts))
+        return with_gradient(model.train(), forward)
 
     def _oracle1(self, image: tuple[Any, ...]) -> None:
         with step(self.row, "oracle 1"):
@@ -180,12 +181,15 @@ class Proofs:
             self.row.save_load = "equal" if same else "differs"
         self.row.save_load = self.row.save_load or "failed"
 
-    def _train_step(self, forward: Forward) -> None:
+    def _train_step(self, image: tuple[Any, ...], forward: Forward) -> None:
+        """With real numbers, but for large networks and images of a default size."""
         if self.trained is None:
             self.row.train_step = "no"
             return
         with step(self.row, "train step"):
-            given = with_gradient(self.converted.train(), forward)
+            pixels = max((value[0].numel() for value in image if isinstance(value, Tensor)), default=0)
+            large = int(self.row.parameters) > LARGE or pixels > MANY
+            given = self._reached(self.converted, image, forward, on_meta=large)
             homes = {home(name) for name in self.trained}
             missing = [
                 name for name, _ in self.converted.named_parameters() if name not in given and home(name) in homes
