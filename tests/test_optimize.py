@@ -143,6 +143,30 @@ def test_a_map_that_someone_else_reads_is_not_written_over() -> None:
     assert torch.equal(image, kept)
 
 
+UPWARD: dict[int, tuple[type[nn.Module], type[nn.Module], type[nn.Module]]] = {
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("groups", [1, 2, 12])
+@pytest.mark.parametrize("axes", UPWARD)
+def test_norms_fold_into_transposed_layers_group_by_group(axes: int, groups: int, alpha: float) -> None:
+    torch.manual_seed(0)
+    conv, transposed, norm = UPWARD[axes]
+    layer = transposed(12, 12, 3, stride=2, padding=1, groups=groups, bias=groups > 1)
+    net = nn.Sequential(conv(3, 12, 1), conv(12, 12, 3, padding=1), layer, norm(12), nn.ReLU(), conv(12, 4, 1))
+    shape = (2, 3, *(9,) * (axes - 2), *(32,) * min(2, axes))
+    octave = octify.convert(ready(net), alpha=alpha, example_inputs=shape).eval()
+    form = flatten(octave, (torch.empty(shape, device="meta"),))
+    assert form.octify_passes["batch norm into convolutions"] == 1 + (alpha > 0)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert relative(form(x), octave(x)) < 1e-5
+
+
 def test_an_unknown_backend_names_those_there_are() -> None:
     with pytest.raises(BackendError, match="eager, compile, onnxruntime, openvino"):
         optimize(converted("resnet18"), "tensorrt")

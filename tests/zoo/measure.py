@@ -50,8 +50,12 @@ def measure(name: str, family: str = "", limit: float = float("inf"), tell: Call
 
 
 def _batch_norm(x: Tensor, *rest: Any) -> Tensor:
-    """On meta tensors a shape is all that is asked, and torch's own way there takes a third of the census."""
-    return torch.empty_like(x) if x.is_meta else _real_batch_norm(x, *rest)
+    """On meta tensors a shape is all that is asked, and torch's own way there takes a third of the census.
+
+    Where gradients are asked for, too, they must get through.
+    """
+    learns = torch.is_grad_enabled() and any(isinstance(y, Tensor) and y.requires_grad for y in (x, *rest))
+    return torch.empty_like(x) if x.is_meta and not learns else _real_batch_norm(x, *rest)
 
 
 _real_batch_norm = torch.batch_norm
