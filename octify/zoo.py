@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from octify.errors import ModelError
@@ -234,6 +234,10 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
+# What fills tensors with random numbers; on meta, PyTorch goes through its own definitions of these in Python.
+DRAWS = ("normal_", "uniform_", "erfinv_", "kaiming_normal_", "kaiming_uniform_")
+
+
 class _OnMeta(TorchFunctionMode):
     """Makes what weights are made of without memory, and lets numbers be computed (RegNet derives its widths so)."""
 
@@ -241,6 +245,10 @@ class _OnMeta(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if getattr(func, "__name__", "") in DRAWS:
+            drawn: Tensor = args[0] if args else options["tensor"]
+            if drawn.is_meta:
+                return drawn
         if func in (torch.empty, torch.zeros, torch.ones) and options.get("device") is None:
             options = {**options, "device": "meta"}
         return func(*args, **options)
