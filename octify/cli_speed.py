@@ -13,7 +13,7 @@ from octify.bench import Settings, bench, only_faster, profile, reach_latency
 from octify.checkpoint import check_target
 from octify.cli_base import SourceName
 from octify.conversion import Conversion
-from octify.errors import ModelError
+from octify.errors import BackendError, ModelError
 from octify.export import export
 from octify.jobs import Request, is_checkpoint, open_checkpoint
 from octify.recipe import Recipe
@@ -67,7 +67,10 @@ def register(app: typer.Typer, working: Working, print_facts: Callable[..., None
             }
             options |= {"train": train, "optimized": optimize}
             backends = [name.strip() for name in backend.split(",") if name.strip()]
-            if layers or only_faster or target_latency is not None:
+            searches = layers or only_faster or target_latency is not None
+            if searches and by_kind:
+                raise BackendError("--profile counts what one pair of networks does: leave the options that choose out")
+            if searches:
                 settings = Settings(backend=backends[0], **options).checked()
                 facts = _search(request, settings, target_latency, output, overwrite, rounds, step)
             else:

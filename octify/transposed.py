@@ -154,7 +154,7 @@ class OctConvTranspose(OctBase):
         geometry = zip(self.kernel_size, self.stride, self.dilation, self.padding, self.output_padding, strict=True)
         rows = [Upward(Axis(k, s, d, p, p), extra) for k, s, d, p, extra in geometry]
         still = self.dim - self.spatial
-        self._halved = tuple(rows[still:])
+        self.rows = tuple(rows[still:])  # the halved axes
         taps = tuple(keep_taps(row.axis) for row in rows)
         low = _low_lattice(rows, still)
         moved = (0,) * self.spatial
@@ -173,7 +173,7 @@ class OctConvTranspose(OctBase):
     def out_size(self, high: Tensor) -> tuple[int, ...]:
         """The high output's size on the halved axes, which is the source's, for a high input."""
         sizes = high.shape[-self.spatial :]
-        return tuple(row.out_size(size) for row, size in zip(self._halved, sizes, strict=True))
+        return tuple(row.out_size(size) for row, size in zip(self.rows, sizes, strict=True))
 
     def forward(self, high: Bands, low: Tensor | None = None) -> Bands:
         """Bands to bands; a dense side is one tensor instead of the pair."""

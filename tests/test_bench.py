@@ -230,6 +230,7 @@ def test_the_command_prints_what_it_measured(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     (timed,) = json.loads(found.stdout)["profiles"]
     assert timed["total"]["octave"] == sum(row["octave"] for row in timed["kinds"])
+    assert CliRunner().invoke(app, ["bench", *common, "--profile", "--layers"]).exit_code == 1
     recipe = tmp_path / "fast.yaml"
     found = CliRunner().invoke(app, ["bench", *common, "--only-faster", "-o", str(recipe)])
     assert found.exit_code == 0, found.output

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from octify.graph import meta_copy
+from octify.zoo import build_model
 from tests.zoo.census import _Worker  # pyright: ignore[reportPrivateUsage]
-from tests.zoo.measure import measure
+from tests.zoo.compare import with_gradient
+from tests.zoo.measure import _batch_norm, measure  # pyright: ignore[reportPrivateUsage]
 from tests.zoo.summary import CLOSE, depends_on_position, number
 
 SMALL = {  # the least share of eligible multiply-adds that is octave
@@ -85,3 +91,25 @@ def test_a_row_is_kept_without_its_oracles_when_time_runs_out(monkeypatch: pytes
     monkeypatch.setattr(_Worker, "_start", start)
     row = _Worker(seconds=3, gib=1).measure("timm:resnet18")
     assert row.converted == "yes" and row.reason == "oracles: not run, more than 3 s"
+
+
+class Detached(nn.Module):
+    """A network that trains its last layers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x).detach()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm:test_nfnet", "detached"])
+def test_meta_tensors_tell_what_a_train_step_reaches(name: str) -> None:
+    net = Detached() if name == "detached" else build_model(name)
+    image = torch.rand(2, 3, 64, 64)
+    real = with_gradient(net.train(), lambda model: model(image))
+    with patch.object(torch, "batch_norm", _batch_norm):
+        assert with_gradient(meta_copy(net).train(), lambda model: model(image.to("meta"))) == real
+    everything = {name for name, _ in net.named_parameters()}
+    assert everything - real == ({"first.weight", "first.bias"} if name == "detached" else set())

@@ -92,7 +92,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-def _scale(conv: Any, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> None:
+def _scale(conv: nn.Module, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> None:
     *weights, bias_name = names
     like: Tensor | None = None
     for name in weights:
@@ -100,19 +100,19 @@ def _scale(conv: Any, names: tuple[str, ...], scale: Tensor, shift: Tensor) -> N
         if weight is None:
             continue
         like = weight
-        setattr(conv, name, _parameter(_scaled(conv, name, weight.detach().double(), scale), weight))
+        setattr(conv, name, _parameter(_scaled(conv, weight.detach().double(), scale), weight))
     assert like is not None, f"{type(conv).__name__} has a band without weights"
     bias: Tensor | None = getattr(conv, bias_name)
     total = shift if bias is None else bias.detach().double() * scale + shift
     setattr(conv, bias_name, _parameter(total, like))
 
 
-def _scaled(conv: Any, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+def _scaled(conv: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
     """A weight whose outputs are scaled; a transposed one has them behind its inputs, group by group."""
     places = (1,) * (weight.dim() - 2)
     if not isinstance(conv, (OctConvTranspose, *TRANSPOSED)):
         return weight * scale.view(-1, 1, *places)
-    groups: int = conv._groups[name[-2:]] if isinstance(conv, OctConvTranspose) else conv.groups  # pyright: ignore
+    groups = len(scale) // weight.shape[1]
     rows: Tensor = scale.view(groups, 1, -1, *places)
     return cast(Any, weight.unflatten(0, (groups, -1)) * rows).flatten(0, 1)
 

@@ -192,6 +192,8 @@ class Proofs:
             large = int(self.row.parameters) > LARGE or pixels > MANY
             given = self._reached(self.converted, image, forward, on_meta=large)
             homes = {home(name) for name in self.trained}
+            if not homes:
+                raise AssertionError("a train step reaches no parameter of the source")
             missing = [
                 name for name, _ in self.converted.named_parameters() if name not in given and home(name) in homes
             ]

@@ -26,7 +26,7 @@ WINDOWS: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 
 
 def resize(writer: Writer, node: fx.Node) -> Result:
-    """Nearest upsampling by a size or by whole factors → up_to."""
+    """Nearest or bilinear resizing by a size or by whole factors → up_to, blend."""
     found = module_of(writer.module, node)
     names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
     given: dict[str, Any] = dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
@@ -49,10 +49,11 @@ def resize(writer: Writer, node: fx.Node) -> Result:
         if any(number != math.floor(number) for number in factors):
             return None
         size = writer.function(scaled_grid, x, factors)
-    how: tuple[Any, ...] = (up_to,) if mode == "nearest" else (blend, bool(given.get("align_corners")))
 
     def resized(band: fx.Node, to: Any) -> fx.Node:
-        return writer.function(how[0], band, to, *how[1:])
+        if mode == "nearest":
+            return writer.function(up_to, band, to)
+        return writer.function(blend, band, to, bool(given.get("align_corners")))
 
     raised = resized(x, size) if is_map(x) else writer.function(empty_high, given["low"], size)
     if "low" not in given:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from octify.graph import shape_of, value_of
-from octify.kernels import Axis, half
+from octify.kernels import half
 from octify.layers import OctConvTranspose2d
+from octify.layout import Layout
 from octify.optimize.forms import OutSize, empty_high, join
 from octify.optimize.native.operations import is_map, module_of
 from octify.optimize.native.writer import Result, Writer
@@ -34,9 +35,12 @@ PARITIES = tuple(product((0, 1), (0, 1)))
 def transposed(writer: Writer, node: fx.Node) -> Result:
     """A transposed convolution of stride 2, dense or octave → convolutions whose results are interleaved."""
     found = module_of(writer.module, node)
-    if type(found) not in (nn.ConvTranspose2d, OctConvTranspose2d) or node.kwargs:
+    if type(found) is nn.ConvTranspose2d:  # an octave one without low channels
+        dense = Layout.dense(found.in_channels), Layout.dense(found.out_channels)
+        found = OctConvTranspose2d.from_conv(found, *dense)
+    if type(found) is not OctConvTranspose2d or node.kwargs:
         return None
-    layer = _dense(found) if isinstance(found, nn.ConvTranspose2d) else _octave(found)
+    layer = _Layer.of(found)
     if layer is None or len(node.args) > len(layer.bands) or not all(_is_band(x) for x in node.args):
         return None
     return _Spread(writer, layer, dict(zip("hl", cast("tuple[fx.Node, ...]", node.args), strict=False))).run()
@@ -47,35 +51,6 @@ def _is_band(x: Any) -> bool:
     return is_map(x) or (isinstance(x, fx.Node) and (shape_of(value_of(x)) or ())[1:2] == (0,))
 
 
-def _dense(conv: nn.ConvTranspose2d) -> _Layer | None:
-    geometry = zip(conv.kernel_size, conv.stride, conv.dilation, conv.padding, conv.output_padding, strict=True)  # pyright: ignore[reportArgumentType]
-    rows = tuple(Upward(Axis(k, s, d, p, p), extra) for k, s, d, p, extra in cast(Any, geometry))
-    if not _fits(conv.weight, conv.stride, conv.groups):
-        return None
-    return _Layer(rows, {"hh": conv.weight.detach()}, {"h": conv.bias}, {"hh": _places(rows)})
-
-
-def _octave(conv: OctConvTranspose2d) -> _Layer | None:
-    weights = {path: cast(Tensor, getattr(conv, f"weight_{path}")).detach() for path in conv.paths}
-    groups: dict[str, int] = conv._groups  # pyright: ignore[reportPrivateUsage]
-    if not all(_fits(weight, conv.stride, groups[path]) for path, weight in weights.items()):
-        return None
-    rows: tuple[Upward, ...] = conv._halved  # pyright: ignore[reportPrivateUsage]
-    places = {path: _places(rows) for path in weights}
-    for path in (path for path in weights if path[1] == "l"):
-        taps = conv._taps[path]  # pyright: ignore[reportPrivateUsage]
-        places[path] = tuple([tap.first + tap.dilation * index for index in range(len(tap.matrix))] for tap in taps)
-    return _Layer(rows, weights, {"h": conv.bias_h, "l": conv.bias_l}, places)
-
-
-def _fits(weight: Tensor, stride: Any, groups: int) -> bool:
-    return tuple(stride) == (2, 2) and groups == 1 and weight.dtype == torch.float32 and weight.device.type == "cpu"
-
-
-def _places(rows: Sequence[Upward]) -> tuple[list[int], ...]:
-    return tuple([row.axis.dilation * tap - row.axis.left for tap in range(row.axis.kernel)] for row in rows)
-
-
 @dataclass(frozen=True)
 class _Layer:
     """A layer's geometry by axes, its weights (in, out, h, w) by path, its biases by band, its taps' places by path."""
@@ -84,6 +59,20 @@ class _Layer:
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
     places: dict[str, tuple[list[int], ...]]
+
+    @classmethod
+    def of(cls, conv: OctConvTranspose2d) -> _Layer | None:
+        """None of a layer that convolutions of whole maps do not stand for, or that is not for octify's kernels."""
+        weights = {path: cast(Tensor, getattr(conv, f"weight_{path}")).detach() for path in conv.paths}
+        if conv.stride != (2, 2) or conv.groups > 1:
+            return None
+        if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in weights.values()):
+            return None
+        places = {
+            path: tuple([tap.first + tap.dilation * index for index in range(len(tap.matrix))] for tap in route.taps)
+            for path, route in conv.routes.items()
+        }
+        return cls(conv.rows, weights, {"h": conv.bias_h, "l": conv.bias_l}, places)
 
     @property
     def bands(self) -> str:
